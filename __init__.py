@@ -1,0 +1,3 @@
+"""longseq: train language models on sequences that do not fit in memory."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,84 @@
+"""The process groups of a run, made once and passed on: there is no global state."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class ProcessGroups:
+    """Who works with whom. Ranks that share a sequence (`sp`) are neighbours; the rest is data (`dp`)."""
+
+    rank: int = 0
+    world_size: int = 1
+    sp_size: int = 1
+    sp: dist.ProcessGroup | None = None
+    """The ranks that share this rank's sequence, in the order of their shards; None where it is alone."""
+
+    @property
+    def sp_rank(self) -> int:
+        """Which shard of its sequence this rank holds."""
+        return self.rank % self.sp_size
+
+    @property
+    def dp_rank(self) -> int:
+        """Which sequences this rank takes part in."""
+        return self.rank // self.sp_size
+
+    @property
+    def dp_size(self) -> int:
+        """Sequences that are worked on at once."""
+        return self.world_size // self.sp_size
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this rank speaks and writes for all."""
+        return self.rank == 0
+
+    @classmethod
+    def create(cls, ulysses_degree: int = 1) -> ProcessGroups:
+        """Groups over the processes that `torch.distributed` knows (one, where it was not started).
+
+        Raises:
+            ValueError: The degree does not divide the number of processes.
+        """
+        if not dist.is_initialized():
+            rank, world_size = 0, 1
+        else:
+            rank, world_size = dist.get_rank(), dist.get_world_size()
+        if ulysses_degree < 1 or world_size % ulysses_degree:
+            divisors = ", ".join(str(d) for d in range(1, world_size + 1) if world_size % d == 0)
+            raise ValueError(
+                f"parallel.ulysses_degree={ulysses_degree} does not divide {world_size} processes; use {divisors}."
+            )
+        mine = None
+        if ulysses_degree > 1:
+            # Every rank makes every group, in the same order, as new_group asks.
+            for first in range(0, world_size, ulysses_degree):
+                ranks = list(range(first, first + ulysses_degree))
+                group = dist.new_group(ranks)
+                mine = group if rank in ranks else mine
+        return cls(rank, world_size, ulysses_degree, mine)
+
+    def all_sum(self, values: Tensor) -> Tensor:
+        """Sum over all ranks, in place: one collective, none where the run is one process."""
+        if self.world_size > 1:
+            dist.all_reduce(values)
+        return values
+
+    def barrier(self) -> None:
+        """Wait for every rank."""
+        if self.world_size > 1:
+            dist.barrier()
+
+    def agree(self, flag: bool, device: torch.device) -> bool:
+        """Whether any rank says yes."""
+        if self.world_size == 1:
+            return flag
+        votes = torch.tensor([float(flag)], device=device)
+        dist.all_reduce(votes, op=dist.ReduceOp.MAX)
+        return bool(votes.item())

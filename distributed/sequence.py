@@ -1,0 +1,121 @@
+"""A batch on its way to the ranks: labels shifted while the sequence is whole, then padded and cut."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .groups import ProcessGroups
+
+IGNORE_INDEX = -100
+
+
+def shift_labels(labels: Tensor, document_offsets: Tensor | None = None) -> Tensor:
+    """What each token must predict: the next label of its own document, nothing at a document's end.
+
+    Args:
+        labels: Unshifted labels, `(B, L)`.
+        document_offsets: Where documents begin and the last ends, `(documents + 1,)`, for B = 1; None
+            takes each row as one document.
+
+    Returns:
+        Shifted labels, `(B, L)`; -100 where there is nothing to predict.
+    """
+    shifted = F.pad(labels[..., 1:], (0, 1), value=IGNORE_INDEX)
+    if document_offsets is not None:
+        _require_one_row(labels)
+        shifted[0, document_offsets[1:].to(labels.device, torch.long) - 1] = IGNORE_INDEX
+    return shifted
+
+
+def document_positions(document_offsets: Tensor) -> Tensor:
+    """Position ids that restart at each document, `(1, L)`."""
+    offsets = document_offsets.long()
+    lengths = offsets.diff()
+    starts = torch.repeat_interleave(offsets[:-1], lengths)
+    return (torch.arange(int(offsets[-1]), device=offsets.device) - starts).unsqueeze(0)
+
+
+def offsets_from_positions(position_ids: Tensor) -> Tensor:
+    """Document offsets, on the CPU, from position ids `(1, L)` that restart; a GPU's are waited for."""
+    _require_one_row(position_ids)
+    ids = position_ids[0]
+    breaks = (ids.diff() != 1).nonzero().squeeze(-1).to("cpu", torch.int32) + 1
+    return torch.cat([breaks.new_zeros(1), breaks, breaks.new_full((1,), ids.numel())])
+
+
+def pad_batch(batch: dict[str, Tensor], multiple: int, pad_token_id: int = 0) -> dict[str, Tensor]:
+    """Pad a batch on the right to a multiple of tokens; the padding is a document of its own.
+
+    Args:
+        batch: `input_ids`, `shift_labels`, `position_ids`, each `(B, L)`, and perhaps `document_offsets`.
+        multiple: The padded length is a multiple of this.
+        pad_token_id: Any word; no label and no other document sees it.
+    """
+    length = batch["input_ids"].shape[1]
+    missing = -length % multiple
+    if not missing:
+        return batch
+    padded = dict(batch)
+    padded["input_ids"] = F.pad(batch["input_ids"], (0, missing), value=pad_token_id)
+    padded["shift_labels"] = F.pad(batch["shift_labels"], (0, missing), value=IGNORE_INDEX)
+    ids = batch["position_ids"]
+    tail = torch.arange(missing, device=ids.device, dtype=ids.dtype).expand(ids.shape[0], missing)
+    offsets = batch.get("document_offsets")
+    if offsets is None:
+        tail = tail + length  # a row that is one document goes on: nothing before the padding sees it
+    else:
+        padded["document_offsets"] = torch.cat([offsets, offsets.new_tensor([length + missing])])
+    padded["position_ids"] = torch.cat([ids, tail], dim=1)
+    return padded
+
+
+def shard_batch(batch: dict[str, Tensor], groups: ProcessGroups, pad_token_id: int = 0) -> dict[str, Tensor]:
+    """This rank's part of a batch that every rank of its sequence holds whole.
+
+    Labels are shifted before the cut, so that no label is lost where two shards meet.
+
+    Args:
+        batch: `input_ids` and unshifted `labels`, `(B, L)`; optionally `position_ids` `(B, L)` and
+            `document_offsets` (int32, B = 1: several documents in one row).
+        groups: The process groups.
+        pad_token_id: Word that fills a length that does not divide.
+
+    Returns:
+        `input_ids`, `shift_labels`, `position_ids`, `(B, S)` with S = ceil(L / sp), and `document_offsets`
+        of the whole padded sequence where the batch has them.
+
+    Raises:
+        ValueError: Tensors that do not fit together.
+    """
+    ids, labels, offsets = batch["input_ids"], batch["labels"], batch.get("document_offsets")
+    if ids.dim() != 2 or labels.shape != ids.shape:
+        raise ValueError(
+            f"input_ids {tuple(ids.shape)} and labels {tuple(labels.shape)} must both be (B, L) and alike."
+        )
+    if offsets is not None and (offsets[0] != 0 or offsets[-1] != ids.shape[1]):
+        raise ValueError(
+            f"document_offsets run from {int(offsets[0])} to {int(offsets[-1])}; they must run from 0 to the "
+            f"sequence's {ids.shape[1]} tokens."
+        )
+    position_ids = batch.get("position_ids")
+    if position_ids is None:
+        if offsets is not None:
+            position_ids = document_positions(offsets).to(ids.device)
+        else:
+            position_ids = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
+    whole = {"input_ids": ids, "shift_labels": shift_labels(labels, offsets), "position_ids": position_ids}
+    if offsets is not None:
+        whole["document_offsets"] = offsets
+    whole = pad_batch(whole, groups.sp_size, pad_token_id)
+    shard = whole["input_ids"].shape[1] // groups.sp_size
+    mine = slice(groups.sp_rank * shard, (groups.sp_rank + 1) * shard)
+    return {name: value if name == "document_offsets" else value[:, mine] for name, value in whole.items()}
+
+
+def _require_one_row(tensor: Tensor) -> None:
+    if tensor.dim() != 2 or tensor.shape[0] != 1:
+        raise ValueError(
+            f"packed documents need one row, (1, L), not {tuple(tensor.shape)}; concatenate the rows and their offsets."
+        )

@@ -1,0 +1,181 @@
+"""ZeRO 1 to 3 through DeepSpeed.
+
+DeepSpeed is not told about sequence parallelism: to it every rank is a data-parallel one, so every ZeRO path
+divides the summed gradients by the number of ranks. (Told of it, ZeRO 1-2 divide by the data-parallel degree
+and ZeRO 3 by all ranks, in 0.19: a silent factor between stages.) It also shards states over all ranks.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from .engine import Engine, NonFiniteGradientError
+from .groups import ProcessGroups
+
+TAG = "zero"
+
+
+@dataclass(frozen=True)
+class ZeroOptions:
+    """What DeepSpeed is asked for."""
+
+    stage: int
+    accumulation_steps: int = 1
+    clip_norm: float | None = None
+    bf16: bool = False
+    offload_optimizer: bool = False
+    offload_parameters: bool = False
+
+    def deepspeed_config(self, world_size: int) -> dict[str, Any]:
+        """DeepSpeed's own JSON. Batch sizes only tell it how many micro batches make a step."""
+        zero: dict[str, Any] = {"stage": self.stage}
+        if self.offload_optimizer:
+            zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+        if self.offload_parameters:
+            zero["offload_param"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+        config: dict[str, Any] = {
+            "train_micro_batch_size_per_gpu": 1,
+            "gradient_accumulation_steps": self.accumulation_steps,
+            "train_batch_size": self.accumulation_steps * world_size,
+            # DeepSpeed's default is 1.0: it must be switched off by name.
+            "gradient_clipping": self.clip_norm or 0.0,
+            "zero_optimization": zero,
+            "zero_allow_untested_optimizer": True,
+            # DeepSpeed's own CPU Adam is compiled at first use; torch's fused one is not.
+            "zero_force_ds_cpu_optimizer": False,
+            "steps_per_print": 2**31,
+        }
+        if self.bf16:
+            config["bf16"] = {"enabled": True}
+            config["data_types"] = {"grad_accum_dtype": "fp32"}
+        return config
+
+
+class DeepSpeedEngine(Engine):
+    """A model under `deepspeed.initialize`, with an optimizer of ours."""
+
+    def __init__(
+        self, module: nn.Module, optimizer: Optimizer, groups: ProcessGroups, options: ZeroOptions
+    ) -> None:
+        self._groups = groups
+        self._options = options
+        self.reducer_divisor = float(groups.world_size)
+        with _quiet_deepspeed():
+            import deepspeed
+
+            if options.stage == 3:
+                _gather_whole_modules(module)
+            self._engine, *_ = deepspeed.initialize(
+                model=module, optimizer=optimizer, config=options.deepspeed_config(groups.world_size)
+            )
+        self.module = self._engine.module
+        self._micro_steps = 0
+
+    def __call__(self, **batch: Any) -> Any:
+        return self._engine(**batch)
+
+    def backward(self, loss: Tensor) -> None:
+        self._engine.backward(loss, scale_wrt_gas=False)
+
+    def step(self, lr: float) -> float | None:
+        self._micro_steps += 1
+        for group in self._engine.optimizer.param_groups:
+            group["lr"] = lr
+        self._engine.step()
+        if self._micro_steps % self._options.accumulation_steps:
+            return None
+        if self._engine.optimizer.overflow:  # DeepSpeed has skipped the update, on every rank
+            raise NonFiniteGradientError("gradient is inf or NaN")
+        return float(self._engine.get_global_grad_norm())
+
+    def save(self, folder: Path) -> None:
+        with _quiet_deepspeed():
+            self._engine.save_checkpoint(str(folder), tag=TAG)
+
+    def load(self, folder: Path) -> None:
+        self._check_layout(folder)
+        with _quiet_deepspeed(), weights_only_loads():
+            loaded, _ = self._engine.load_checkpoint(str(folder), tag=TAG, load_lr_scheduler_states=False)
+        if loaded is None:
+            raise ValueError(f"DeepSpeed found no checkpoint in {folder}.")
+
+    def _check_layout(self, folder: Path) -> None:
+        shards = len(list((folder / TAG).glob("*_optim_states.pt")))
+        if shards != self._groups.world_size:
+            raise ValueError(
+                f"{folder} was written by {shards} processes and this run has {self._groups.world_size}; ZeRO's shards "
+                "load on the same number alone. Start with as many, or `longseq export` it and train from that."
+            )
+
+
+def _gather_whole_modules(model: nn.Module) -> None:
+    """Gather a module that runs in tiles once, before its loop, and not at every tile's linear layers."""
+    from deepspeed.utils import set_z3_leaf_module
+
+    for module in model.modules():
+        if module.__dict__.get("gathers_whole") and any(module.children()):
+            set_z3_leaf_module(module, True)
+
+
+def consolidated_weights(folder: Path) -> dict[str, Tensor]:
+    """The float32 weights of a ZeRO checkpoint that `DeepSpeedEngine.save` wrote, on the CPU."""
+    with _quiet_deepspeed(), weights_only_loads():
+        from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+        return get_fp32_state_dict_from_zero_checkpoint(str(folder), tag=TAG)
+
+
+@contextmanager
+def weights_only_loads() -> Iterator[None]:
+    """Make DeepSpeed's `torch.load` refuse code: its checkpoints need a few of its own classes, no more."""
+    earlier = os.environ.get("TORCH_FORCE_WEIGHTS_ONLY_LOAD")
+    os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
+    try:
+        with torch.serialization.safe_globals(_checkpoint_classes()):
+            yield
+    finally:
+        if earlier is None:
+            del os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"]
+        else:
+            os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = earlier
+
+
+def _checkpoint_classes() -> list[Any]:
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    return [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]
+
+
+def init_deepspeed_communication() -> None:
+    """Let DeepSpeed use the process group that is there, without compiling anything on a CPU."""
+    with _quiet_deepspeed():
+        import deepspeed
+
+        compatible = deepspeed.ops.__compatible_ops__
+        for name in [name for name in compatible if "shm" in name]:
+            compatible[name] = False
+        deepspeed.init_distributed(dist_init_required=False)
+
+
+@contextmanager
+def _quiet_deepspeed() -> Iterator[None]:
+    """DeepSpeed's INFO lines tell a user nothing; its warnings stay."""
+    log = logging.getLogger("DeepSpeed")
+    level = log.level
+    log.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        log.setLevel(level)

@@ -1,0 +1,148 @@
+"""`longseq`: everything a person types."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from .. import __version__
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; its exit status."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    launcher_args: list[str] = []
+    if "--" in words:
+        cut = words.index("--")
+        words, launcher_args = words[:cut], words[cut + 1 :]
+    args = _parser().parse_args(words)
+    args.launcher_args = launcher_args
+    try:
+        return args.run(args) or 0
+    except (ValueError, NotImplementedError, FileNotFoundError, PermissionError) as error:
+        if args.traceback:
+            raise
+        print(f"longseq {args.command}: {error}", file=sys.stderr)
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="longseq", description="Train language models on sequences that do not fit in memory."
+    )
+    parser.add_argument("--version", action="version", version=f"longseq {__version__}")
+    parser.add_argument("--traceback", action="store_true", help="show where an error came from")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    train = _config_command(commands, "train", _train, "train, or go on with a run that was stopped")
+    train.add_argument("--num-gpus", type=int, help="processes in all; the same as parallel.num_gpus=N")
+    train.add_argument("--hostfile", help="DeepSpeed hostfile, to start on several nodes")
+    train.epilog = "What stands behind -- goes to DeepSpeed's launcher."
+
+    _config_command(commands, "prepare", _prepare, "tokenise the data of a config, and show its lengths")
+
+    export = commands.add_parser("export", help="write a checkpoint's model in Hugging Face's layout")
+    export.add_argument("checkpoint", type=Path, help="RUN/checkpoints/step-*, or RUN for its newest")
+    export.add_argument("out", type=Path, help="folder to write")
+    export.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: as it was trained")
+    export.add_argument("--overwrite", action="store_true", help="replace what is at OUT")
+    export.set_defaults(run=_export)
+
+    plot = commands.add_parser("plot", help="draw the loss of one run, or of several over each other")
+    plot.add_argument("runs", type=Path, nargs="+", metavar="RUN")
+    plot.add_argument("--out", type=Path, help="image to write; default: loss.png in the (first) run")
+    plot.set_defaults(run=_plot)
+
+    config = commands.add_parser("config", help="list and show presets; print the schema")
+    verbs = config.add_subparsers(dest="verb", required=True, metavar="VERB")
+    verbs.add_parser("list", help="every preset with what it is for").set_defaults(run=_config_list)
+    show = verbs.add_parser("show", help="a preset as it is shipped")
+    show.add_argument("preset")
+    show.set_defaults(run=_config_show)
+    verbs.add_parser("schema", help="JSON schema, for editors").set_defaults(run=_config_schema)
+    return parser
+
+
+def _config_command(commands, name: str, run, help: str) -> argparse.ArgumentParser:
+    command = commands.add_parser(name, help=help)
+    command.add_argument("config", metavar="PRESET_OR_YAML", help="`longseq config list` names the presets")
+    command.add_argument("overrides", nargs="*", metavar="key=value", help="such as sequence.length=128k")
+    command.set_defaults(run=run)
+    return command
+
+
+def _train(args: argparse.Namespace) -> int:
+    from .config_file import check_world, load_config
+    from .launcher import launch, num_processes
+    from .processes import is_launched
+
+    overrides = list(args.overrides)
+    if args.num_gpus is not None:
+        overrides.append(f"parallel.num_gpus={args.num_gpus}")
+    config = load_config(args.config, overrides)
+    if not is_launched():
+        count = num_processes(config)
+        check_world(config, count)
+        if count > 1 or args.hostfile is not None:
+            return launch(
+                args.config,
+                overrides,
+                num_gpus=count,
+                hostfile=args.hostfile,
+                launcher_args=args.launcher_args,
+            )
+    from .worker import run_worker
+
+    return run_worker(config)
+
+
+def _prepare(args: argparse.Namespace) -> None:
+    from .config_file import load_config
+    from .prepare import prepare
+
+    config = load_config(args.config, args.overrides)
+    prepare(config.data, config.data.tokenizer or config.model.name or "bytes", progress=True)
+
+
+def _export(args: argparse.Namespace) -> None:
+    from .checkpoint import newest_checkpoint
+    from .export import export_checkpoint
+
+    print(
+        export_checkpoint(
+            newest_checkpoint(args.checkpoint), args.out, dtype=args.dtype, overwrite=args.overwrite
+        )
+    )
+
+
+def _plot(args: argparse.Namespace) -> None:
+    from .plot import plot_runs
+
+    print(plot_runs(args.runs, args.out))
+
+
+def _config_list(args: argparse.Namespace) -> None:
+    from .config_file import list_presets
+
+    presets = list_presets()
+    width = max(len(name) for name, _ in presets)
+    for name, description in presets:
+        print(f"{name:{width}}  {description}")
+
+
+def _config_show(args: argparse.Namespace) -> None:
+    from .config_file import show_preset
+
+    print(show_preset(args.preset), end="")
+
+
+def _config_schema(args: argparse.Namespace) -> None:
+    from .config_file import schema_json
+
+    print(schema_json())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

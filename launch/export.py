@@ -1,0 +1,108 @@
+"""From a checkpoint to a folder that `AutoModelForCausalLM.from_pretrained` loads; on the CPU, offline."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .checkpoint import read_state
+from .config import RunConfig
+from .config_file import load_config
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def export_checkpoint(
+    checkpoint: Path, out: Path, *, dtype: str | None = None, overwrite: bool = False
+) -> Path:
+    """Write a checkpoint's model in Hugging Face's layout: safetensors, config and tokenizer.
+
+    Adapters are merged into the weights they adapt.
+
+    Args:
+        checkpoint: A folder `RUN/checkpoints/step-*`.
+        out: Folder to write; it appears whole or not at all.
+        dtype: "float32" or "bfloat16"; None is the precision that was trained in.
+        overwrite: Replace what is at `out`.
+
+    Returns:
+        `out`.
+
+    Raises:
+        ValueError: No checkpoint there, something at `out` already, or weights of another model.
+    """
+    state = read_state(checkpoint)
+    if out.exists() and not overwrite and any(out.iterdir()):
+        raise ValueError(f"{out} is there already; name another folder, or allow it with --overwrite.")
+    config = load_config(str(checkpoint / "config.yaml"))
+    target = DTYPES[dtype] if dtype else _trained_dtype(config)
+    weights = _weights(checkpoint / "engine", is_zero=state.zero_stage > 0)
+    model = _model(config, checkpoint / "hf", weights).to(target)
+    draft = out.with_name(f".{out.name}.partial")
+    shutil.rmtree(draft, ignore_errors=True)
+    draft.parent.mkdir(parents=True, exist_ok=True)
+    model.config.use_cache = True
+    model.save_pretrained(draft)
+    _tokenizer(checkpoint / "hf").save_pretrained(draft)
+    if out.exists():
+        shutil.rmtree(out)
+    os.replace(draft, out)
+    return out
+
+
+def _trained_dtype(config: RunConfig) -> torch.dtype:
+    return torch.float32 if config.train.precision == "float32" else torch.bfloat16
+
+
+def _weights(folder: Path, *, is_zero: bool) -> dict[str, Tensor]:
+    if is_zero:
+        from ..distributed.zero import consolidated_weights
+
+        return consolidated_weights(folder)
+    from safetensors.torch import load_file
+
+    return load_file(folder / "model.safetensors")
+
+
+def _model(config: RunConfig, hf_folder: Path, weights: dict[str, Tensor]) -> nn.Module:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    if config.model.lora is not None:
+        return _merged_adapters(config, weights)
+    architecture = AutoConfig.from_pretrained(hf_folder)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(architecture)
+    missing, unexpected = model.load_state_dict(weights, strict=False, assign=True)
+    model.tie_weights()
+    still_empty = [name for name, param in model.named_parameters() if param.is_meta]
+    if still_empty or unexpected:
+        raise ValueError(
+            f"the weights are of another model: missing {still_empty[:3]}, unexpected {list(unexpected)[:3]}."
+        )
+    return model
+
+
+def _merged_adapters(config: RunConfig, weights: dict[str, Tensor]) -> nn.Module:
+    from .model import add_adapters, build_base_model
+
+    torch.manual_seed(config.train.seed)  # a base of random weights is that of the seed
+    model = add_adapters(build_base_model(config.model, torch.device("cpu"), torch.float32), config.model)
+    _, unexpected = model.load_state_dict(weights, strict=False)
+    trainable = {name for name, param in model.named_parameters() if param.requires_grad}
+    missing = sorted(trainable - set(weights))
+    if missing or unexpected:
+        raise ValueError(
+            f"the adapters are of another model: missing {missing[:3]}, unexpected {list(unexpected)[:3]}."
+        )
+    return model.merge_and_unload()
+
+
+def _tokenizer(folder: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder)

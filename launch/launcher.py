@@ -1,0 +1,123 @@
+"""Starting a run's processes with DeepSpeed's launcher."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from types import FrameType
+
+from .config import RunConfig
+from .processes import free_port
+
+MODULE = "longseq.launch.cli"
+
+
+def num_processes(config: RunConfig) -> int:
+    """Processes that a run on this machine takes: as told, else as many of its GPUs as the batch can use.
+
+    On a machine without a GPU it is one for each shard of a sequence.
+    """
+    if config.parallel.num_gpus != "auto":
+        return config.parallel.num_gpus
+    import torch
+
+    degree = config.parallel.ulysses_degree
+    available = torch.cuda.device_count()
+    for count in range(available - available % degree, degree, -degree):
+        if config.train.global_batch_sequences % (config.train.micro_batch_sequences * count // degree) == 0:
+            if count < available:
+                print(
+                    f"{available - count} of {available} GPUs stay idle: train.global_batch_sequences="
+                    f"{config.train.global_batch_sequences} cannot be shared by more.",
+                    file=sys.stderr,
+                )
+            return count
+    return degree
+
+
+def launch(
+    config_source: str,
+    overrides: Sequence[str],
+    *,
+    num_gpus: int,
+    hostfile: str | None = None,
+    launcher_args: Sequence[str] = (),
+) -> int:
+    """Run `longseq train` on several processes and wait for them.
+
+    SIGTERM and SIGUSR1 are handed to the workers, which save and stop; DeepSpeed's launcher would kill them.
+
+    Args:
+        config_source: Preset or YAML file.
+        overrides: `key=value` each.
+        num_gpus: Processes in all; with a hostfile, its slots decide which node runs how many.
+        hostfile: DeepSpeed's hostfile, for several nodes.
+        launcher_args: Handed to DeepSpeed's launcher as they are.
+
+    Returns:
+        The exit status.
+    """
+    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--no_local_rank"]
+    if hostfile is not None:
+        command += ["--hostfile", hostfile]
+    else:
+        # A path that does not exist: DeepSpeed would otherwise read a hostfile of the machine's own.
+        command += ["--hostfile", os.devnull + "/none", *_which_gpus(num_gpus)]
+    if "--master_port" not in " ".join(launcher_args):
+        command += ["--master_port", str(free_port())]
+    if "--log_level" not in " ".join(launcher_args):
+        command += ["--log_level", "error"]
+    command += [*launcher_args, "--module", MODULE, "train", config_source, *overrides]
+    environment = dict(os.environ)
+    if not _has_gpu():
+        environment["DS_ACCELERATOR"] = "cpu"
+        # DeepSpeed counts a CPU machine's "devices" by its NUMA nodes unless it is told.
+        environment["LOCAL_SIZE"] = str(num_gpus)
+    process = subprocess.Popen(command, env=environment)
+    earlier = {
+        number: signal.signal(number, lambda received, frame: _pass_on(process, received, frame))
+        for number in (signal.SIGTERM, signal.SIGUSR1)
+    }
+    try:
+        return process.wait()
+    except KeyboardInterrupt:
+        return process.wait()
+    finally:
+        for number, handler in earlier.items():
+            signal.signal(number, handler)
+
+
+def _which_gpus(num_gpus: int) -> list[str]:
+    """DeepSpeed's words for the GPUs to use: of those that CUDA_VISIBLE_DEVICES leaves, the first."""
+    visible = [word for word in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if word.strip()]
+    if not visible:
+        return ["--num_gpus", str(num_gpus)]
+    if num_gpus > len(visible):
+        raise ValueError(
+            f"parallel.num_gpus={num_gpus} but CUDA_VISIBLE_DEVICES={','.join(visible)} leaves {len(visible)}."
+        )
+    return ["--include", f"localhost:{','.join(visible[:num_gpus])}"]
+
+
+def _pass_on(process: subprocess.Popen, number: int, frame: FrameType | None) -> None:
+    import psutil
+
+    for child in psutil.Process(process.pid).children(recursive=True):
+        try:
+            words = child.cmdline()
+        except psutil.NoSuchProcess:
+            continue
+        if ("-m", MODULE) in zip(words, words[1:], strict=False):
+            child.send_signal(number)
+
+
+def _has_gpu() -> bool:
+    if shutil.which("nvidia-smi") is None:
+        return False
+    import torch
+
+    return torch.cuda.is_available()

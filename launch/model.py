@@ -1,0 +1,139 @@
+"""The model of a config: loaded or made, given adapters, and put on long sequences."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..distributed.groups import ProcessGroups
+from ..distributed.ulysses import apply_ulysses
+from ..mst.apply import apply_mini_sequence
+from .config import ModelConfig, RunConfig
+
+logger = logging.getLogger(__name__)
+
+SHAPE_FIELDS = (
+    "model_type",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "vocab_size",
+    "tie_word_embeddings",
+)
+"""Fields that say what shape the weights have: a checkpoint's cannot be overridden."""
+
+CHECKPOINT_LAYERS_FROM_TOKENS = 8192
+"""Tokens a GPU from which `sequence.checkpoints=auto` keeps layer inputs alone."""
+
+
+def hf_config(config: ModelConfig) -> Any:
+    """The Hugging Face config: the checkpoint's with the given fields over it, or made of them.
+
+    Raises:
+        ValueError: A field that the model does not know, or a shape that its checkpoint does not have.
+    """
+    from transformers import AutoConfig
+
+    fields = dict(config.config)
+    if config.name is None:
+        model_type = fields.pop("model_type", None)
+        if model_type is None:
+            raise ValueError(
+                "model.config has no model_type; say which family model.name=null makes, such as llama."
+            )
+        known = AutoConfig.for_model(model_type)
+    else:
+        known = AutoConfig.from_pretrained(config.name, trust_remote_code=False)
+        wrong = [
+            f"model.config.{name}={value!r} but {config.name} has {getattr(known, name)!r}"
+            for name, value in fields.items()
+            if name in SHAPE_FIELDS and getattr(known, name, value) != value
+        ]
+        if wrong:
+            raise ValueError("; ".join(wrong) + ". The shape of a checkpoint's weights cannot be overridden.")
+        fields.pop("model_type", None)
+    unknown = [name for name in fields if not hasattr(known, name)]
+    if unknown:
+        raise ValueError(
+            f"model.config has fields that {type(known).__name__} does not know: {', '.join(unknown)}."
+        )
+    if config.name is None:
+        # Made anew, not changed: a config derives fields (head_dim) from others when it is made.
+        return AutoConfig.for_model(known.model_type, **fields)
+    return AutoConfig.from_pretrained(config.name, trust_remote_code=False, **fields)
+
+
+def build_base_model(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> nn.Module:
+    """The causal LM itself, loaded from its checkpoint or with random weights (of torch's seed)."""
+    from transformers import AutoModelForCausalLM
+
+    architecture = hf_config(config)
+    if config.name is not None:
+        model = AutoModelForCausalLM.from_pretrained(
+            config.name, config=architecture, dtype=dtype, trust_remote_code=False, attn_implementation="sdpa"
+        )
+        return model.to(device)
+    with torch.device(device):
+        return AutoModelForCausalLM.from_config(architecture, dtype=dtype, attn_implementation="sdpa")
+
+
+def add_adapters(model: nn.Module, config: ModelConfig) -> nn.Module:
+    """The model with LoRA adapters where the config has them; its own weights are then frozen."""
+    if config.lora is None:
+        return model
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError as error:
+        raise ValueError("model.lora needs peft; install it with: pip install 'longseq[peft]'") from error
+    lora = LoraConfig(
+        r=config.lora.rank,
+        lora_alpha=config.lora.alpha,
+        lora_dropout=config.lora.dropout,
+        target_modules=list(config.lora.target_modules),
+        task_type="CAUSAL_LM",
+    )
+    return get_peft_model(model, lora)
+
+
+def build_model(
+    config: RunConfig, groups: ProcessGroups, device: torch.device, dtype: torch.dtype
+) -> nn.Module:
+    """The model as it is trained: adapters, attention over the ranks of a sequence, mini-sequences."""
+    model = add_adapters(build_base_model(config.model, device, dtype), config.model)
+    # Llama computes what it attends to from its config; a cache would keep all keys of a training step.
+    model.config.use_cache = False
+    apply_ulysses(model, groups)
+    sequence = config.sequence
+    tokens_a_gpu = sequence.length * config.train.micro_batch_sequences // groups.sp_size
+    checkpoints = sequence.checkpoints
+    if checkpoints == "auto":
+        checkpoints = "gpu" if tokens_a_gpu >= CHECKPOINT_LAYERS_FROM_TOKENS else "none"
+        logger.info("sequence.checkpoints: %s, for %d tokens a GPU", checkpoints, tokens_a_gpu)
+    apply_mini_sequence(
+        model,
+        tile_tokens=sequence.tile_tokens if sequence.mini_sequence else tokens_a_gpu + groups.sp_size,
+        checkpoints=checkpoints,
+        loss=sequence.loss,
+        loss_memory_mib=sequence.loss_memory_mib,
+    )
+    return model.train()
+
+
+def check_vocabulary(model: nn.Module, tokenizer: Any) -> None:
+    """Refuse a tokenizer whose ids the embedding does not have.
+
+    Raises:
+        ValueError: With both sizes.
+    """
+    rows = model.get_input_embeddings().num_embeddings
+    if len(tokenizer) > rows:
+        raise ValueError(
+            f"the tokenizer has {len(tokenizer)} tokens and the model embeds {rows}; choose the model's own "
+            "tokenizer (data.tokenizer) or a larger model.config.vocab_size."
+        )

@@ -1,0 +1,150 @@
+"""The processes of a run: joined when a launcher started them, and told apart from one that stands alone."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import subprocess
+import sys
+from types import FrameType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+    from ..distributed.groups import ProcessGroups
+
+logger = logging.getLogger(__name__)
+
+
+def is_launched() -> bool:
+    """Whether deepspeed, torchrun, mpirun's environment or srun started this process as one of a group."""
+    _adopt_slurm()
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def join(ulysses_degree: int, *, use_deepspeed: bool) -> tuple[ProcessGroups, torch.device]:
+    """Make this process one of its run.
+
+    Args:
+        ulysses_degree: Ranks that share a sequence.
+        use_deepspeed: Whether ZeRO is used, so that DeepSpeed must know the process group too.
+
+    Returns:
+        The process groups and the device that this rank computes on.
+    """
+    import torch
+    import torch.distributed as dist
+
+    from ..distributed.groups import ProcessGroups
+
+    has_gpu = torch.cuda.is_available()
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    device = torch.device("cuda", local_rank) if has_gpu else torch.device("cpu")
+    if has_gpu:
+        torch.cuda.set_device(device)
+    elif use_deepspeed:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    launched = is_launched()
+    if launched and not has_gpu:
+        local_world = int(
+            os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or os.environ["WORLD_SIZE"]
+        )
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_world))
+    if launched or use_deepspeed:
+        if not launched:
+            # ZeRO on one process still talks to a group, of one.
+            os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1")
+            os.environ["MASTER_PORT"] = str(free_port())
+        dist.init_process_group("nccl" if has_gpu else "gloo", device_id=device if has_gpu else None)
+    if use_deepspeed:
+        from ..distributed.zero import init_deepspeed_communication
+
+        init_deepspeed_communication()
+    return ProcessGroups.create(ulysses_degree), device
+
+
+def leave() -> None:
+    """Take leave of the process group, so that no rank waits for this one."""
+    import torch.distributed as dist
+
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def free_port() -> int:
+    """A TCP port of this machine that nobody listens on."""
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+class StopRequest:
+    """Whether the run was asked to save and stop (SIGTERM, SIGUSR1); looked at between two steps."""
+
+    def __init__(self) -> None:
+        self.asked_by: str | None = None
+        self._earlier = {
+            number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGUSR1)
+        }
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.asked_by = signal.Signals(number).name
+
+    def restore(self) -> None:
+        """Give the signals back to whom they belonged."""
+        for number, handler in self._earlier.items():
+            signal.signal(number, handler)
+
+
+class ConsoleHandler(logging.StreamHandler):
+    """Writes to what `sys.stdout` is at the moment, so that a progress bar can stay below the lines."""
+
+    def __init__(self) -> None:
+        super().__init__(sys.stdout)
+
+    @property
+    def stream(self):
+        """The stream of the moment."""
+        return sys.stdout
+
+    @stream.setter
+    def stream(self, value) -> None:
+        pass
+
+
+def set_up_logging(is_main: bool) -> None:
+    """One rank speaks of decisions; the others only of what goes wrong."""
+    import warnings
+
+    handler = ConsoleHandler()
+    handler.setFormatter(logging.Formatter("%(levelname)s %(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
+    logging.getLogger("longseq").setLevel(logging.INFO if is_main else logging.WARNING)
+    if not is_main:
+        warnings.simplefilter("ignore")
+
+
+def _adopt_slurm() -> None:
+    """Under srun, say in torch's words what Slurm says in its own.
+
+    SLURM_STEP_NUM_TASKS is set inside a step alone: a batch script's own process is not one of its tasks.
+    """
+    tasks = int(os.environ.get("SLURM_STEP_NUM_TASKS", "1"))
+    if tasks < 2 or "RANK" in os.environ:
+        return
+    os.environ["RANK"] = os.environ["SLURM_PROCID"]
+    os.environ["LOCAL_RANK"] = os.environ["SLURM_LOCALID"]
+    os.environ["WORLD_SIZE"] = str(tasks)
+    os.environ.setdefault("MASTER_PORT", str(20000 + int(os.environ["SLURM_JOB_ID"]) % 20000))
+    if "MASTER_ADDR" not in os.environ:
+        nodes = subprocess.run(
+            ["scontrol", "show", "hostnames", os.environ["SLURM_STEP_NODELIST"]],
+            check=True,
+            capture_output=True,
+            text=True,
+        )
+        os.environ["MASTER_ADDR"] = nodes.stdout.split()[0]

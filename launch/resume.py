@@ -1,0 +1,87 @@
+"""Which checkpoint a run goes on from, and whether it may."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+from .checkpoint import Checkpoints, read_state
+from .config import RunConfig
+from .config_file import load_config
+
+logger = logging.getLogger(__name__)
+
+WALK_KEYS = (
+    "model.name",
+    "model.config",
+    "model.lora",
+    "data.source",
+    "data.split",
+    "data.tokenizer",
+    "data.pack",
+    "data.long_documents",
+    "data.max_documents",
+    "data.eval_source",
+    "data.eval_fraction",
+    "sequence.length",
+    "train.global_batch_sequences",
+    "train.seed",
+    "train.precision",
+)
+"""Keys that say what the model is and which sequences its next step sees: changed, the cursor means nothing."""
+
+
+def choose_checkpoint(config: RunConfig, checkpoints: Checkpoints) -> Path | None:
+    """The checkpoint to go on from, as `checkpoint.resume` says; None starts anew.
+
+    Raises:
+        ValueError: A folder that is no checkpoint, or `never` where there is one.
+    """
+    resume = config.checkpoint.resume
+    newest = checkpoints.newest()
+    if resume == "auto":
+        return newest
+    if resume == "never":
+        if newest is not None:
+            raise ValueError(
+                f"checkpoint.resume=never but {newest} is there and would be overwritten; set another "
+                "log.run_dir, or move it away."
+            )
+        return None
+    folder = Path(resume).expanduser()
+    read_state(folder)
+    return folder
+
+
+def check_same_walk(config: RunConfig, folder: Path) -> None:
+    """Refuse to go on with another model or other data than the checkpoint's run had.
+
+    Raises:
+        ValueError: Each key that differs, with both values.
+    """
+    saved_file = folder / "config.yaml"
+    saved = load_config(str(saved_file))
+    wrong = [
+        f"{key}={_value(config, key)!r} but the checkpoint has {_value(saved, key)!r}"
+        for key in WALK_KEYS
+        if _value(config, key) != _value(saved, key)
+    ]
+    if wrong:
+        raise ValueError(
+            f"cannot go on from {folder}:\n  "
+            + "\n  ".join(wrong)
+            + "\nSet them back, or train into another log.run_dir."
+        )
+    state = read_state(folder)
+    if (state.zero_stage > 0) != (config.parallel.zero_stage > 0) or (
+        state.zero_stage != config.parallel.zero_stage
+    ):
+        raise ValueError(
+            f"parallel.zero_stage={config.parallel.zero_stage} but {folder} was written with {state.zero_stage}; "
+            "keep the stage, or `longseq export` the checkpoint and train from that."
+        )
+
+
+def _value(config: RunConfig, key: str):
+    section, name = key.split(".")
+    return getattr(getattr(config, section), name)

@@ -1,0 +1,32 @@
+"""Fixtures and rules for every test."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+# A test must never wait for a hub, nor write into the user's cache.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests marked `gpu` skip themselves on a machine without one."""
+    if torch.cuda.is_available():
+        return
+    skip = pytest.mark.skip(reason="needs a CUDA GPU")
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(skip)
+
+
+@pytest.fixture(autouse=True)
+def _same_random_numbers() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _cache_of_the_test(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Token shards of all tests go into one folder that goes with the session."""
+    monkeypatch.setenv("LONGSEQ_CACHE", str(tmp_path_factory.getbasetemp() / "longseq-cache"))

@@ -1,0 +1,316 @@
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from longseq.launch.config import RunConfig
+from longseq.launch.config_errors import ConfigError, describe, schema_keys, section_of, suggest
+from longseq.launch.config_file import check_world, list_presets, load_config, parse_config, schema_json
+from longseq.launch.config_rules import RULES, ParallelPlan
+
+DOC = Path(__file__).parents[2] / "docs" / "configuration.md"
+LLAMA = {"model_type": "llama", "num_attention_heads": 32, "num_key_value_heads": 8}
+
+
+def run(**sections):
+    """The values of a small valid run, with keys put over them: `run(train={"steps": 3})`."""
+    values = {"model": {"config": dict(LLAMA)}, "data": {"tokenizer": "bytes"}}
+    for section, keys in sections.items():
+        values[section] = {**values.get(section, {}), **keys}
+    return values
+
+
+def errors_of(values):
+    with pytest.raises(ConfigError) as caught:
+        parse_config(values)
+    return caught.value.errors
+
+
+def test_every_key_is_explained():
+    unexplained = [
+        key for key, field in schema_keys().items() if not (field.description or section_of(field))
+    ]
+    assert not unexplained
+
+
+def test_rules_name_keys_that_exist():
+    assert {key for rule in RULES for key in rule.keys} <= set(schema_keys())
+
+
+def test_sections_are_frozen():
+    with pytest.raises(ValueError, match="frozen"):
+        parse_config(run()).train.steps = 3
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value", "line"),
+    [
+        ("sequence", "length", "12x", "sequence.length='12x' must be a whole number of tokens (1 or above; "),
+        (
+            "sequence",
+            "tile_tokens",
+            "12x",
+            "sequence.tile_tokens='12x' must be a whole number of tokens (1 or",
+        ),
+        ("sequence", "tile_tokens", "aut", "or auto; did you mean auto?"),
+        ("sequence", "length", True, "sequence.length=true must be"),
+        ("optimizer", "lr", True, "optimizer.lr=true must be a number (above 0)."),
+        ("optimizer", "lr", 0, "optimizer.lr=0 must be a number (above 0)."),
+        ("optimizer", "lr", float("inf"), "optimizer.lr=inf must be"),
+        (
+            "optimizer",
+            "betas",
+            [0.9, 1.5],
+            "optimizer.betas=[0.9, 1.5] must be a list of 2, each a number (0 or",
+        ),
+        ("optimizer", "betas", 0.9, "optimizer.betas=0.9 must be a list of 2"),
+        ("optimizer", "clip_norm", -1, "optimizer.clip_norm=-1 must be a number (above 0) or null."),
+        ("train", "steps", 0, "train.steps=0 must be a whole number (1 or above; 2k is 2,000) or null."),
+        ("train", "epochs", True, "train.epochs=true must be"),
+        ("parallel", "zero_stage", True, "parallel.zero_stage=true must be 0, 1, 2 or 3."),
+        ("schedule", "name", "cosin", "must be cosine, linear or constant; did you mean cosine?"),
+        ("sequence", "checkpoints", False, "YAML reads yes, no, on and off as true and false"),
+        ("log", "run_dir", 2026, "log.run_dir=2026 must be text; put it in quotes."),
+        ("log", "run_dir", "", "log.run_dir='' must be text; it is empty."),
+        ("data", "source", [], "data.source=[] must be text or a list of text; it is empty."),
+        ("data", "pack", "maybe", "data.pack='maybe' must be true or false."),
+        ("model", "lora", True, "model.lora=true must be a section with the keys rank, alpha"),
+        ("model", "config", None, "model.config=null must be a section of keys."),
+    ],
+)
+def test_a_wrong_value_gets_one_line_with_key_value_and_rule(section, key, value, line):
+    errors = errors_of(run(**{section: {key: value}}))
+    assert len(errors) == 1
+    assert line in errors[0]
+    assert errors[0].startswith(f"{section}.{key}=")
+
+
+def test_a_long_value_does_not_flood_the_line():
+    (error,) = errors_of(run(train={"steps": ["x" * 1000]}))
+    assert len(error) < 200
+
+
+@pytest.mark.parametrize(
+    ("unknown", "meant"),
+    [
+        ("sequence.lenght", "sequence.length"),
+        ("lr", "optimizer.lr"),
+        ("train.lr", "optimizer.lr"),
+        ("train.learning_rate", "optimizer.lr"),
+        ("modle", "model"),
+        ("model.rank", "model.lora.rank"),
+        ("train.warmup_steps", "schedule.warmup_steps"),
+        ("trainer.eval_every", "train.eval_every"),
+        ("ulyses_degree", "parallel.ulysses_degree"),
+        ("train.gradient_accumulation_steps", "train.global_batch_sequences"),
+    ],
+)
+def test_an_unknown_key_gets_the_one_that_was_meant(unknown, meant):
+    assert meant in suggest(unknown)
+
+
+def test_unknown_keys_are_errors_with_advice():
+    values = run(sequence={"lenght": "64k"}, train={"foo": 1})
+    values["optimizer.lr"] = 1e-4
+    values["lr"] = 2
+    values[3] = 4
+    errors = errors_of(values)
+    assert "sequence.lenght='64k' is an unknown key; did you mean sequence.length?" in errors
+    assert "lr=2 is an unknown key; did you mean optimizer.lr?" in errors
+    assert any(line.startswith("train.foo=1 is an unknown key; train has steps, epochs,") for line in errors)
+    assert any("has a dot in its key; write it as a section, `optimizer:`" in line for line in errors)
+    assert any(line.startswith("3=4 is an unknown key; a config has model, data") for line in errors)
+    assert len(errors) == 5
+
+
+def test_field_errors_and_cross_field_errors_come_together():
+    errors = errors_of(
+        run(parallel={"num_gpus": 4, "ulysses_degree": 3}, train={"steps": "x"}, schedule={"warmup_steps": 7})
+    )
+    assert [line.partition("=")[0] for line in errors] == [
+        "train.steps",
+        "parallel.ulysses_degree",
+        "parallel.ulysses_degree",
+    ]
+
+
+@pytest.mark.parametrize("slip", [{"lenght": "1k"}, {"length": "12x"}])
+def test_a_rule_is_silent_about_a_key_whose_value_is_not_known(slip):
+    # The default length of 4096 would break max_position_embeddings=2048; nobody asked for 4096.
+    values = run(sequence=slip)
+    values["model"]["config"]["max_position_embeddings"] = 2048
+    assert len(errors_of(values)) == 1
+
+
+@pytest.mark.parametrize(
+    ("values", "line"),
+    [
+        (
+            run(parallel={"num_gpus": 6, "ulysses_degree": 4}),
+            "parallel.ulysses_degree=4 does not divide parallel.num_gpus=6; use 1 or 2.",
+        ),
+        (
+            run(parallel={"ulysses_degree": 16}, sequence={"length": "4k"}),
+            "parallel.ulysses_degree=16 must divide the heads of model.config, 32 query heads and 8 "
+            "key/value heads: each process attends with whole heads; use 1, 2, 4 or 8.",
+        ),
+        (
+            run(parallel={"num_gpus": 8, "ulysses_degree": 2}, train={"global_batch_sequences": 6}),
+            "train.global_batch_sequences=6 must be a multiple of 4, train.micro_batch_sequences=1 x 4 "
+            "data-parallel groups (parallel.num_gpus=8 / parallel.ulysses_degree=2); use 4 or 8.",
+        ),
+        (
+            run(train={"global_batch_sequences": 1, "micro_batch_sequences": 2}),
+            "train.global_batch_sequences=1 must be a multiple of 2, train.micro_batch_sequences=2; use 2.",
+        ),
+        (
+            run(parallel={"offload_optimizer": "cpu"}),
+            "parallel.offload_optimizer='cpu' needs parallel.zero_stage 1",
+        ),
+        (
+            run(parallel={"offload_parameters": "cpu", "zero_stage": 2}),
+            "parallel.offload_parameters='cpu' needs parallel.zero_stage 3, got 2; set "
+            "parallel.zero_stage=3.",
+        ),
+        (run(sequence={"length": 1}), "sequence.length=1 leaves no token to predict"),
+        (run(sequence={"length": 15}, parallel={"ulysses_degree": 8}), "use 16 or more."),
+        (
+            run(train={"steps": 10}, schedule={"warmup_steps": 10}),
+            "must be below train.steps=10; use 9 or less",
+        ),
+        (run(schedule={"name": "constant", "final_ratio": 0.1}), "schedule.final_ratio=0.1 has no effect"),
+        (
+            run(train={"eval_every": 5}, data={"eval_fraction": 0}),
+            "train.eval_every=5 has nothing to evaluate on",
+        ),
+        (run(model={"config": {}}), "model.name=null and model.config={} leave no model"),
+        (run(model={"config": {"hidden_size": 8}}), "model.config.model_type=null must be named"),
+        (run(data={"tokenizer": None}), "data.tokenizer=null takes the model's own tokenizer"),
+        (
+            run(model={"config": {**LLAMA, "vocab_size": "4k"}}),
+            "model.config.vocab_size='4k' must be a whole",
+        ),
+        (
+            run(model={"config": {**LLAMA, "num_key_value_heads": 5}}),
+            "must divide model.config.num_attention_heads",
+        ),
+        (
+            run(model={"config": {**LLAMA, "max_position_embeddings": 2048}}),
+            "sequence.length=4096 is above model.config.max_position_embeddings=2048",
+        ),
+        (
+            run(sequence={"loss": "logits", "loss_memory_mib": 100}),
+            "has no effect with sequence.loss='logits'",
+        ),
+    ],
+)
+def test_keys_that_disagree_are_one_error_with_a_way_out(values, line):
+    errors = errors_of(values)
+    assert len(errors) == 1, errors
+    assert line in errors[0]
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        run(),
+        run(parallel={"num_gpus": "auto", "ulysses_degree": 4}),
+        run(parallel={"num_gpus": 8, "ulysses_degree": 4}, train={"global_batch_sequences": 2}),
+        run(schedule={"name": "constant"}),
+        run(schedule={"name": "constant", "final_ratio": 1}),
+        run(train={"eval_every": 5}, data={"eval_fraction": 0, "eval_source": "x.jsonl"}),
+        run(parallel={"offload_optimizer": "cpu", "zero_stage": 1}),
+        run(sequence={"length": 16}, parallel={"ulysses_degree": 8}),
+        run(model={"config": {**LLAMA, "num_key_value_heads": None}}),
+        {"model": {"name": "org/model"}},
+    ],
+)
+def test_valid_runs_are_not_refused(values):
+    parse_config(values)
+
+
+def test_check_world_says_how_processes_share_the_work():
+    config = parse_config(
+        run(parallel={"ulysses_degree": 2}, train={"global_batch_sequences": 12, "micro_batch_sequences": 2})
+    )
+    assert check_world(config, 4) == ParallelPlan(
+        num_gpus=4, ulysses_degree=2, data_degree=2, accumulation_steps=3
+    )
+    assert check_world(config, 2).accumulation_steps == 6
+
+
+def test_check_world_refuses_what_only_the_number_of_processes_shows():
+    config = parse_config(run(parallel={"ulysses_degree": 4}, train={"global_batch_sequences": 1}))
+    with pytest.raises(
+        ConfigError, match=r"degree=4 does not divide the 6 processes of this run; use 1 or 2\."
+    ):
+        check_world(config, 6)
+    with pytest.raises(
+        ConfigError, match=r"must be a multiple of 2, .* x 2 data-parallel groups .*; use 2\."
+    ):
+        check_world(config, 8)
+
+
+def test_check_world_refuses_another_number_than_the_one_asked_for():
+    config = parse_config(run(parallel={"num_gpus": 4}, train={"global_batch_sequences": 4}))
+    with pytest.raises(ConfigError, match="num_gpus=4 but 2 processes were started"):
+        check_world(config, 2)
+
+
+def test_check_world_refuses_a_config_that_was_never_checked():
+    with pytest.raises(ConfigError, match="leave no model"):
+        check_world(RunConfig(), 1)
+
+
+def test_every_key_can_be_described():
+    for key, field in schema_keys().items():
+        text = describe(field.annotation, field.metadata)
+        assert text, key
+        assert "typing" not in text
+        assert "()" not in text
+
+
+def test_the_json_schema_takes_what_people_write():
+    sections = json.loads(schema_json())["$defs"]
+    kinds = [branch["type"] for branch in sections["SequenceConfig"]["properties"]["length"]["anyOf"]]
+    assert kinds == ["integer", "string"]
+    assert sections["OptimizerConfig"]["properties"]["lr"]["exclusiveMinimum"] == 0
+    assert sections["SequenceConfig"]["additionalProperties"] is False
+
+
+def test_reading_a_config_imports_nothing_heavy():
+    code = (
+        "import sys, longseq.launch.config_file as f; f.load_config('tiny-cpu');"
+        "print([m for m in ('torch', 'transformers', 'deepspeed', 'numpy', 'datasets') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_the_documentation_lists_every_key_and_its_default():
+    def default_of(field):
+        default = field.get_default(call_default_factory=True)
+        if isinstance(default, tuple):
+            return f"[{', '.join(map(str, default))}]"
+        return str(default).lower() if isinstance(default, bool) else str(default).replace("None", "null")
+
+    rows = re.findall(r"^\| `([a-z_]+\.[a-z_.]+)` \| `(.*?)` \|", DOC.read_text("utf-8"), re.MULTILINE)
+    keys = {key: default_of(field) for key, field in schema_keys().items() if "." in key}
+    assert dict(rows) == keys, "bring the tables of docs/configuration.md in line with the schema"
+
+
+def test_the_documentation_lists_every_preset():
+    rows = re.findall(r"^\| `([a-z0-9-]+)` \| (.*) \|$", DOC.read_text("utf-8"), re.MULTILINE)
+    assert [row for row in rows if row[0] in dict(list_presets())] == list_presets()
+
+
+def test_the_documentation_shows_the_errors_that_come():
+    command, shown = re.search(
+        r"\$ longseq train (tiny-cpu sequence.lenght.*)\n((?:.+\n)+?)```", DOC.read_text("utf-8")
+    ).groups()
+    preset, *overrides = command.split()
+    with pytest.raises(ConfigError) as caught:
+        load_config(preset, overrides)
+    assert str(caught.value) == shown.strip()
