@@ -48,15 +48,24 @@ def exact_linear_cross_entropy(
         if kept.numel() < labels.numel():
             hidden, labels = hidden[kept], labels[kept]
             token_weights = None if token_weights is None else token_weights[kept]
-    num_tokens = chunk_tokens(weight.shape[0], hidden.dtype, options, memory_mib)
+    num_tokens = chunk_tokens(weight.shape[0], hidden.dtype, options, memory_mib, has_bias=bias is not None)
     return _ExactLoss.apply(hidden, weight, bias, labels, token_weights, options, needs, num_tokens)
 
 
-def chunk_tokens(vocab_size: int, dtype: torch.dtype, options: LossOptions, memory_mib: int | None) -> int:
+def chunk_tokens(
+    vocab_size: int,
+    dtype: torch.dtype,
+    options: LossOptions,
+    memory_mib: int | None,
+    *,
+    has_bias: bool = False,
+) -> int:
     """Tokens whose logits, with what is made of them, fit into `memory_mib`; at least 1."""
     wide = max(dtype.itemsize, 4)
-    bytes_per_logit = wide + (dtype.itemsize if dtype.itemsize < wide else 0)
+    bytes_per_logit = dtype.itemsize + wide  # the product, or the gradient in its dtype, beside the buffer
     if options.softcap is not None:
+        bytes_per_logit += 2 * wide
+    elif has_bias or options.logit_scale != 1.0:
         bytes_per_logit += wide
     tokens = (memory_mib or DEFAULT_MEMORY_MIB) * 2**20 // (vocab_size * bytes_per_logit)
     return max(1, tokens // 128 * 128 if tokens >= 128 else tokens)
@@ -75,15 +84,17 @@ class _ExactLoss(torch.autograd.Function):
         for start in range(0, hidden.shape[0], num_tokens):
             rows = slice(start, start + num_tokens)
             row_weights = None if token_weights is None else token_weights[rows].to(wide)
-            chunk_loss, d_logits = _chunk(
+            chunk_loss, row_scale, unscaled = _chunk(
                 hidden[rows], weight, bias, labels[rows], row_weights, options, any(needs)
             )
             loss += chunk_loss
-            if d_logits is None:
+            if unscaled is None:
                 continue
             if d_bias is not None:
-                d_bias += d_logits.sum(dim=0)
-            d_logits = d_logits.to(hidden.dtype)
+                d_bias += row_scale @ unscaled
+            d_logits = unscaled.new_empty(0, dtype=hidden.dtype)
+            torch.mul(unscaled, row_scale.unsqueeze(-1), out=d_logits)
+            del unscaled
             if d_hidden is not None:
                 _product_into(d_hidden[rows], d_logits, weight)
             if d_weight is not None:
@@ -101,7 +112,7 @@ class _ExactLoss(torch.autograd.Function):
         *gradients, scale = ctx.saved_tensors
         factor = upstream * scale
         scaled = [
-            None if gradient is None else (gradient * factor).to(dtype)
+            None if gradient is None else torch.mul(gradient, factor, out=gradient.new_empty(0, dtype=dtype))
             for gradient, dtype in zip(gradients, ctx.dtypes, strict=True)
         ]
         return (*scaled, None, None, None, None, None)
@@ -115,42 +126,49 @@ def _chunk(
     row_weights: Tensor | None,
     options: LossOptions,
     need_gradient: bool,
-) -> tuple[Tensor, Tensor | None]:
-    """Summed loss of a chunk and its gradient by the raw logits, `(T, V)` in at least float32."""
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Summed loss of a chunk, a factor of each row `(T,)`, and what it scales to the logits' gradient.
+
+    One buffer of that size goes through it all: log-probabilities, probabilities, gradient.
+    """
+    wide = torch.promote_types(hidden.dtype, torch.float32)
     vocab_size = weight.shape[0]
-    logits = (hidden @ weight.T).to(torch.promote_types(hidden.dtype, torch.float32))
-    if bias is not None:
-        logits += bias
-    logits = cap_logits(logits, options)
     counts = labels != options.ignore_index
-    row_scale = counts.to(logits.dtype) if row_weights is None else row_weights * counts
-    lse = torch.logsumexp(logits, dim=-1)
-    target_column = labels.clamp(0, vocab_size - 1).unsqueeze(-1)
-    losses = lse - logits.gather(-1, target_column).squeeze(-1)
+    row_scale = counts.to(wide) if row_weights is None else row_weights * counts
+    # A label that is no word makes its loss and its gradients NaN, never a number that is wrong.
+    row_scale = row_scale.masked_fill(is_out_of_range(labels, vocab_size, options), float("nan"))
+    target = labels.clamp(0, vocab_size - 1).unsqueeze(-1)
+
+    logits = hidden @ weight.T
+    if bias is not None:
+        logits = logits.to(wide) + bias
+    if options.logit_scale != 1.0 or options.softcap is not None:
+        logits = cap_logits(logits.to(wide), options)
+    target_logit = logits.gather(-1, target).squeeze(-1).to(wide)
+    buffer = torch.log_softmax(logits, dim=-1, dtype=wide)
+    target_log_p = buffer.gather(-1, target).squeeze(-1)
+    lse = target_logit - target_log_p
     smoothing = options.label_smoothing
+    losses = -target_log_p
     if smoothing:
-        losses = (1.0 - smoothing) * losses + smoothing * (lse - logits.mean(dim=-1))
+        losses = (1.0 - smoothing) * losses - smoothing * buffer.mean(dim=-1)
     if options.z_loss:
         losses = losses + options.z_loss * lse.square()
-    # masked_fill, not a product: the loss of an ignored token may be infinite, and inf * 0 is NaN.
-    losses = (losses * row_scale).masked_fill(~counts, 0.0)
-    losses = losses.masked_fill(is_out_of_range(labels, vocab_size, options), float("nan"))
+    # masked_fill, not a product alone: the loss of an ignored token may be infinite, and inf * 0 is NaN.
+    loss = (losses * row_scale).masked_fill_(~counts, 0.0).sum()
     if not need_gradient:
-        return losses.sum(), None
+        return loss, row_scale, None
     cap_slope = None if options.softcap is None else 1.0 - (logits / options.softcap).square_()
-    d_logits = logits.sub_(lse.unsqueeze(-1)).exp_()
+    del logits
+    d_logits = buffer.exp_()
     if options.z_loss:
         d_logits *= (1.0 + 2.0 * options.z_loss * lse).unsqueeze(-1)
     if smoothing:
         d_logits -= smoothing / vocab_size
-    d_logits.scatter_add_(-1, target_column, d_logits.new_full(target_column.shape, smoothing - 1.0))
+    d_logits.scatter_add_(-1, target, d_logits.new_full(target.shape, smoothing - 1.0))
     if cap_slope is not None:
         d_logits *= cap_slope
-    d_logits *= (row_scale * options.logit_scale).unsqueeze(-1)
-    # Ignored rows are zero whatever stood in their hidden states; a wrong label poisons its row.
-    d_logits.masked_fill_(~counts.unsqueeze(-1), 0.0)
-    d_logits.masked_fill_(is_out_of_range(labels, vocab_size, options).unsqueeze(-1), float("nan"))
-    return losses.sum(), d_logits
+    return loss, row_scale * options.logit_scale, d_logits
 
 
 def _product_into(out: Tensor, left: Tensor, right: Tensor) -> None:
@@ -164,6 +182,9 @@ def _add_product(accumulator: Tensor, left: Tensor, right: Tensor) -> None:
     """`accumulator += left @ right`, the sum kept in the accumulator's precision."""
     if accumulator.dtype == left.dtype:
         accumulator.addmm_(left, right)
+    elif left.is_cuda:
+        # One product that adds in place: without it, each chunk would write and read a (V, D) of its own.
+        torch.addmm(accumulator, left, right, out_dtype=accumulator.dtype, out=accumulator)
     else:
         accumulator += _wide_mm(left, right)
 

@@ -133,8 +133,8 @@ def _check_labels(labels: Tensor, vocab_size: int, options: LossOptions) -> None
     if wrong.any():
         index = int(wrong.nonzero()[0])
         raise ValueError(
-            f"labels[{index}]={int(labels[index])} (flattened; {int(wrong.sum())} such) is outside the "
-            f"vocabulary of {vocab_size} words; use ignore_index={options.ignore_index} for tokens that do not count."
+            f"labels[{index}]={int(labels[index])} (flattened; {int(wrong.sum())} such) is outside the vocabulary "
+            f"of {vocab_size} words; give tokens that do not count {options.ignore_index} (ignore_index)."
         )
 
 

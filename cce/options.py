@@ -14,7 +14,9 @@ class LossOptions:
     With `u = logit_scale * (hidden @ weight.T + bias)`, logits are `z = softcap * tanh(u / softcap)` (or
     `u`), and the loss of a token with label `y` and weight `w` over `V` words is
 
-        w * ((1 - s) * (lse - z_y) + s * (lse - mean(z)) + z_loss * lse**2),   lse = logsumexp(z), s = smoothing
+        w * ((1 - s) * (lse - z_y) + s * (lse - mean(z)) + z_loss * lse**2)
+
+    with `lse = logsumexp(z)` and `s = label_smoothing`.
 
     `reduction="mean"` divides the sum by the sum of the weights of the tokens that count (their number,
     where there are no weights), and is 0 when none counts.

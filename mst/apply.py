@@ -45,7 +45,8 @@ def apply_mini_sequence(
         checkpoints: "gpu" keeps each layer's input and rebuilds the rest in backward, "none" leaves the
             model's own setting alone, "auto" is "gpu".
         save_attention: Not there yet.
-        loss: "cce" (cut cross-entropy), "mini_sequence" (the head itself, tile by tile) or "logits" (as it was).
+        loss: "cce" (cut cross-entropy), "mini_sequence" (the head itself, tile by tile) or "logits" (as
+            it was).
         loss_memory_mib: Memory of a chunk of logits; None lets the method choose.
 
     Returns:

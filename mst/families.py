@@ -33,8 +33,8 @@ def find_parts(model: nn.Module) -> CausalLMParts:
     model_type = getattr(config, "model_type", None)
     if model_type not in FAMILIES:
         raise ValueError(
-            f"model_type={model_type!r} ({type(causal_lm).__name__}) is not a family that mini-sequences can be "
-            f"applied to; there are {', '.join(FAMILIES)}. longseq.mst.mini_sequence works on any module."
+            f"model_type={model_type!r} ({type(causal_lm).__name__}) is not a family that mini-sequences can "
+            f"be applied to; there are {', '.join(FAMILIES)}. longseq.mst.mini_sequence works on any module."
         )
     decoder, lm_head = getattr(causal_lm, "model", None), getattr(causal_lm, "lm_head", None)
     layers = getattr(decoder, "layers", None)

@@ -198,8 +198,8 @@ def _refuse_unlisted_weights(out: Tensor, sources: Sequence[Tensor]) -> None:
         leaf = getattr(node, "variable", None)
         if leaf is not None and id(leaf) not in known:
             raise ValueError(
-                f"fn uses a weight of shape {tuple(leaf.shape)} that requires a gradient but is not in params; "
-                "pass every weight that fn uses."
+                f"fn uses a weight of shape {tuple(leaf.shape)} that requires a gradient but is not in "
+                "params; pass every weight that fn uses."
             )
         # Behind a listed tensor that is no leaf stands the graph that made it, which is not the tile's.
         pending.extend(next_node for next_node, _ in node.next_functions)

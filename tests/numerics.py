@@ -35,7 +35,7 @@ def assert_as_accurate_as(
     if not mine <= slack * theirs + tiny:
         worst = (ours.double() - truth.double()).abs().flatten().nan_to_num(nan=torch.inf).argmax()
         raise AssertionError(
-            f"{name}: relative error {mine:.3e}, plain {theirs:.3e}, allowed {slack} x plain + {tiny:.1e}; worst at "
-            f"[{int(worst)}]: ours {ours.flatten()[worst].item()}, plain {plain.flatten()[worst].item()}, "
-            f"truth {truth.flatten()[worst].item()}"
+            f"{name}: relative error {mine:.3e}, plain {theirs:.3e}, allowed {slack} x plain + {tiny:.1e}; "
+            f"worst at [{int(worst)}]: ours {ours.flatten()[worst].item()}, "
+            f"plain {plain.flatten()[worst].item()}, truth {truth.flatten()[worst].item()}"
         )

@@ -146,12 +146,12 @@ def test_any_chunking_gives_the_same(
 ) -> None:
     # 67 tokens: one chunk, two, a last chunk of one token, one token a chunk.
     tokens = -(-N // num_chunks)
-    monkeypatch.setattr("longseq.cce.exact.chunk_tokens", lambda *args: tokens)
+    monkeypatch.setattr("longseq.cce.exact.chunk_tokens", lambda *args, **options: tokens)
     check(make(ignored="none"), torch.float64, method="exact", memory_mib=memory_mib)
 
 
 def test_a_chunk_without_a_label(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("longseq.cce.exact.chunk_tokens", lambda *args: 10)
+    monkeypatch.setattr("longseq.cce.exact.chunk_tokens", lambda *args, **options: 10)
     problem = make(ignored="none")
     problem.labels[20:30] = -100
     check(problem, torch.float64, method="exact")

@@ -150,7 +150,7 @@ def test_an_unknown_family_is_refused_by_name() -> None:
     model = AutoModelForCausalLM.from_config(
         AutoConfig.for_model("gpt2", n_embd=32, n_layer=1, n_head=2, vocab_size=VOCAB)
     )
-    with pytest.raises(ValueError, match="model_type='gpt2'.*llama"):
+    with pytest.raises(ValueError, match=r"model_type='gpt2'.*llama"):
         apply_mini_sequence(model)
 
 

@@ -1,0 +1,23 @@
+"""Every example runs as it stands, and is short enough to read."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = sorted((Path(__file__).parent.parent / "examples").glob("*.py"))
+MAX_LINES = 40
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
+def test_it_runs_and_is_short(path: Path) -> None:
+    launcher = (
+        ["-m", "torch.distributed.run", "--nproc-per-node", "2"] if "torchrun" in path.read_text() else []
+    )
+    done = subprocess.run([sys.executable, *launcher, str(path)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.strip()
+    assert len(path.read_text().splitlines()) <= MAX_LINES
