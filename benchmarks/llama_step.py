@@ -55,10 +55,6 @@ def liger(model: LlamaForCausalLM) -> None:
     checkpoint_layers(model)
 
 
-def mst_and_cce(model: LlamaForCausalLM) -> None:
-    apply_mini_sequence(model)
-
-
 def longseq(model: LlamaForCausalLM) -> None:
     apply_ulysses(model)
     apply_mini_sequence(model)
@@ -67,8 +63,7 @@ def longseq(model: LlamaForCausalLM) -> None:
 VARIANTS: dict[str, Callable[[LlamaForCausalLM], None]] = {
     "transformers, layer checkpoints": plain,
     "Liger, layer checkpoints": liger,
-    "longseq: MST + CCE, transformers' attention": mst_and_cce,
-    "longseq: MST + CCE, own attention": longseq,
+    "longseq (MST + CCE), layer checkpoints": longseq,
 }
 
 

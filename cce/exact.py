@@ -99,6 +99,7 @@ class _ExactLoss(torch.autograd.Function):
                 _product_into(d_hidden[rows], d_logits, weight)
             if d_weight is not None:
                 _add_product(d_weight, d_logits.T, hidden[rows])
+            del d_logits  # or it would stand beside the next chunk's logits
         # Gradients wait for the upstream one unscaled, so that a second backward finds them as they were.
         scale = loss.new_ones(())
         if options.reduction == "mean":

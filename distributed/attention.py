@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
+from inspect import signature
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -29,14 +33,23 @@ def local_attention(
             waits for the GPU. None is one document a row.
 
     Raises:
-        ValueError: Query and key lengths differ (decoding with a cache), or packed documents with B > 1.
+        ValueError: Query and key lengths differ (decoding with a cache), packed documents with B > 1, or
+            documents that end before or after the sequence.
     """
     if query.shape[2] != key.shape[2]:
         raise ValueError(
-            f"{query.shape[2]} queries against {key.shape[2]} keys: this attention trains on whole sequences and "
-            "has no cache; call the handle's undo() before generating."
+            f"{query.shape[2]} queries against {key.shape[2]} keys: this attention trains on whole "
+            "sequences and has no cache; call the handle's undo() before generating."
         )
-    if document_offsets is None or len(document_offsets) <= 2:
+    if document_offsets is None:
+        return _one_document(query, key, value, scale)
+    if document_offsets[0] != 0 or document_offsets[-1] != query.shape[2]:
+        # The kernels would leave tokens behind the last document unwritten.
+        raise ValueError(
+            f"document_offsets run from {int(document_offsets[0])} to {int(document_offsets[-1])}; they "
+            f"must run from 0 to the {query.shape[2]} tokens of the whole sequence, its padding included."
+        )
+    if len(document_offsets) == 2:
         return _one_document(query, key, value, scale)
     if query.shape[0] != 1:
         raise ValueError(
@@ -47,7 +60,7 @@ def local_attention(
     bounds = document_offsets.tolist()
     documents = [
         _one_document(query[:, :, start:stop], key[:, :, start:stop], value[:, :, start:stop], scale)
-        for start, stop in zip(bounds[:-1], bounds[1:], strict=True)
+        for start, stop in pairwise(bounds)
         if stop > start
     ]
     return torch.cat(documents, dim=2)
@@ -75,16 +88,9 @@ def _varlen(query: Tensor, key: Tensor, value: Tensor, scale: float, document_of
     longest = int(document_offsets.diff().max())
     offsets = document_offsets.to(query.device, torch.int32, non_blocking=True)
     query, key, value = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+    # torch 2.11 takes grouped heads as they are; later it wants to be told.
+    grouped = {"enable_gqa": True} if "enable_gqa" in signature(varlen_attn).parameters else {}
     out = varlen_attn(
-        query,
-        key,
-        value,
-        offsets,
-        offsets,
-        longest,
-        longest,
-        scale=scale,
-        window_size=(-1, 0),
-        enable_gqa=query.shape[1] != key.shape[1],
+        query, key, value, offsets, offsets, longest, longest, scale=scale, window_size=(-1, 0), **grouped
     )
     return out.transpose(0, 1).unsqueeze(0)

@@ -130,8 +130,9 @@ class LocalEngine(Engine):
         missing, unexpected = self.module.load_state_dict(weights, strict=False)
         # Tied weights are written once; what a name shares with one that was read is not missing.
         state = self.module.state_dict()
-        read = {state[name].data_ptr() for name in weights if name in state}
-        missing = [name for name in missing if state[name].data_ptr() not in read]
+        there = {state[name].data_ptr() for name in weights if name in state}
+        there |= {param.data_ptr() for param in self.module.parameters() if not param.requires_grad}
+        missing = [name for name in missing if state[name].data_ptr() not in there]
         if missing or unexpected:
             raise ValueError(
                 f"{folder} is of another model: missing {missing[:3]}, unexpected {list(unexpected)[:3]}."

@@ -53,7 +53,8 @@ class ProcessGroups:
         if ulysses_degree < 1 or world_size % ulysses_degree:
             divisors = ", ".join(str(d) for d in range(1, world_size + 1) if world_size % d == 0)
             raise ValueError(
-                f"parallel.ulysses_degree={ulysses_degree} does not divide {world_size} processes; use {divisors}."
+                f"parallel.ulysses_degree={ulysses_degree} does not divide {world_size} processes; use "
+                f"{divisors}."
             )
         mine = None
         if ulysses_degree > 1:

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from .groups import ProcessGroups
 
 IGNORE_INDEX = -100
+SHARDED_NAMES = frozenset({"input_ids", "labels", "position_ids", "document_offsets"})
 
 
 def shift_labels(labels: Tensor, document_offsets: Tensor | None = None) -> Tensor:
@@ -45,6 +46,11 @@ def offsets_from_positions(position_ids: Tensor) -> Tensor:
     return torch.cat([breaks.new_zeros(1), breaks, breaks.new_full((1,), ids.numel())])
 
 
+def has_restarts(position_ids: Tensor) -> bool:
+    """Whether some row's position ids `(B, L)` do not go on one by one; a GPU's are waited for."""
+    return bool((position_ids.diff(dim=1) != 1).any())
+
+
 def pad_batch(batch: dict[str, Tensor], multiple: int, pad_token_id: int = 0) -> dict[str, Tensor]:
     """Pad a batch on the right to a multiple of tokens; the padding is a document of its own.
 
@@ -78,7 +84,8 @@ def shard_batch(batch: dict[str, Tensor], groups: ProcessGroups, pad_token_id: i
 
     Args:
         batch: `input_ids` and unshifted `labels`, `(B, L)`; optionally `position_ids` `(B, L)` and
-            `document_offsets` (int32, B = 1: several documents in one row).
+            `document_offsets` (int32, B = 1: several documents in one row). Position ids that restart tell
+            documents too.
         groups: The process groups.
         pad_token_id: Word that fills a length that does not divide.
 
@@ -87,18 +94,11 @@ def shard_batch(batch: dict[str, Tensor], groups: ProcessGroups, pad_token_id: i
         of the whole padded sequence where the batch has them.
 
     Raises:
-        ValueError: Tensors that do not fit together.
+        ValueError: Tensors that do not fit together, or one that would be left out.
     """
-    ids, labels, offsets = batch["input_ids"], batch["labels"], batch.get("document_offsets")
-    if ids.dim() != 2 or labels.shape != ids.shape:
-        raise ValueError(
-            f"input_ids {tuple(ids.shape)} and labels {tuple(labels.shape)} must both be (B, L) and alike."
-        )
-    if offsets is not None and (offsets[0] != 0 or offsets[-1] != ids.shape[1]):
-        raise ValueError(
-            f"document_offsets run from {int(offsets[0])} to {int(offsets[-1])}; they must run from 0 to the "
-            f"sequence's {ids.shape[1]} tokens."
-        )
+    _check_batch(batch)
+    ids, labels = batch["input_ids"], batch["labels"]
+    offsets = _document_offsets(batch)
     position_ids = batch.get("position_ids")
     if position_ids is None:
         if offsets is not None:
@@ -114,8 +114,49 @@ def shard_batch(batch: dict[str, Tensor], groups: ProcessGroups, pad_token_id: i
     return {name: value if name == "document_offsets" else value[:, mine] for name, value in whole.items()}
 
 
+def _check_batch(batch: dict[str, Tensor]) -> None:
+    ids, labels = batch["input_ids"], batch["labels"]
+    if ids.dim() != 2 or labels.shape != ids.shape:
+        raise ValueError(
+            f"input_ids {tuple(ids.shape)} and labels {tuple(labels.shape)} must both be (B, L) and alike."
+        )
+    positions = batch.get("position_ids")
+    if positions is not None and positions.shape != ids.shape:
+        raise ValueError(
+            f"position_ids {tuple(positions.shape)} must have the shape of input_ids, {tuple(ids.shape)}."
+        )
+    unknown = sorted(set(batch) - SHARDED_NAMES)
+    if unknown:
+        raise ValueError(
+            f"shard_batch does not know {', '.join(unknown)}; it takes {', '.join(sorted(SHARDED_NAMES))}. "
+            "Pad on the right with label -100: that needs no attention_mask."
+        )
+
+
+def _document_offsets(batch: dict[str, Tensor]) -> Tensor | None:
+    """The documents of a whole batch, told by offsets or by position ids that restart."""
+    length, offsets = batch["input_ids"].shape[1], batch.get("document_offsets")
+    if offsets is None:
+        positions = batch.get("position_ids")
+        if positions is None or not has_restarts(positions):
+            return None
+        return offsets_from_positions(positions)
+    if offsets.dim() != 1 or offsets.numel() < 2 or offsets[0] != 0 or offsets[-1] != length:
+        raise ValueError(
+            f"document_offsets={offsets.tolist()[:8]} must run from 0 to the sequence's {length} tokens."
+        )
+    if (offsets.diff() < 0).any():
+        first = int((offsets.diff() < 0).nonzero()[0])
+        raise ValueError(
+            f"document_offsets fall from {int(offsets[first])} to {int(offsets[first + 1])} at index "
+            f"{first + 1}; they must rise."
+        )
+    return offsets
+
+
 def _require_one_row(tensor: Tensor) -> None:
     if tensor.dim() != 2 or tensor.shape[0] != 1:
         raise ValueError(
-            f"packed documents need one row, (1, L), not {tuple(tensor.shape)}; concatenate the rows and their offsets."
+            f"packed documents need one row, (1, L), not {tuple(tensor.shape)}; concatenate the rows and "
+            "their offsets."
         )

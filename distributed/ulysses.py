@@ -6,6 +6,7 @@ and values go out in one exchange and the result comes back in one: two collecti
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -14,10 +15,12 @@ from torch import Tensor, nn
 
 from .attention import local_attention
 from .groups import ProcessGroups
-from .sequence import offsets_from_positions
+from .sequence import has_restarts, offsets_from_positions
 
 ATTENTION_NAME = "longseq"
 """Name under which transformers finds this attention; what it does is kept on each layer's own instance."""
+UNKNOWN_OPTIONS = ("softcap", "s_aux", "sliding_window", "position_bias")
+"""What some families hand their attention beside the tensors, and what would change its numbers."""
 
 
 @torch.library.custom_op("longseq::all_to_all", mutates_args=())
@@ -113,7 +116,8 @@ def apply_ulysses(model: nn.Module, groups: ProcessGroups | None = None) -> Ulys
         A handle whose `undo()` restores the model's own attention.
 
     Raises:
-        ValueError: Head counts that the degree does not divide, or a model with sliding-window attention.
+        ValueError: Head counts that the degree does not divide, a model with sliding-window attention or
+            without decoder layers, or one that has this attention already.
     """
     return UlyssesHandle(model, groups or ProcessGroups())
 
@@ -123,6 +127,7 @@ class UlyssesHandle:
 
     def __init__(self, model: nn.Module, groups: ProcessGroups) -> None:
         causal_lm = model.get_base_model() if hasattr(model, "get_base_model") else model
+        layers = _attention_layers(causal_lm)
         config = causal_lm.config
         _refuse_windows(config)
         attention = UlyssesAttention(groups)
@@ -130,7 +135,7 @@ class UlyssesHandle:
         _register_with_transformers()
         self._causal_lm = causal_lm
         self._earlier = config._attn_implementation
-        self._layers = [layer.self_attn for layer in causal_lm.model.layers]
+        self._layers = layers
         for layer in self._layers:
             layer.longseq_attention = attention
         causal_lm.set_attn_implementation(ATTENTION_NAME)
@@ -151,39 +156,71 @@ class _InputCheck:
     """Refuses inputs whose numbers would be wrong without a word, and finds documents in position ids."""
 
     def __init__(self, groups: ProcessGroups) -> None:
-        self._sp_size = groups.sp_size
+        self._groups = groups
 
     def __call__(
         self, module: nn.Module, args: tuple, kwargs: dict[str, Any]
     ) -> tuple[tuple, dict[str, Any]]:
-        if kwargs.get("attention_mask") is not None:
+        given = {**dict(zip(inspect.signature(module.forward).parameters, args, strict=False)), **kwargs}
+        if given.get("attention_mask") is not None:
             raise ValueError(
-                "attention_mask is not taken: sequences are causal, padding goes on the right with label -100, and "
-                "packed documents are told by document_offsets (or by position_ids that restart)."
+                "attention_mask is not taken: sequences are causal, padding goes on the right with label "
+                "-100, and packed documents are told by document_offsets (or by position_ids that "
+                "restart). To generate, call the handle's undo() first."
             )
-        if self._sp_size > 1:
-            if kwargs.get("labels") is not None and kwargs.get("shift_labels") is None:
-                raise ValueError(
-                    "labels= would be shifted inside each rank's shard and lose one label a border; pass shift_labels=, "
-                    "as longseq.distributed.shard_batch makes them."
-                )
-            if kwargs.get("position_ids") is None:
-                raise ValueError(
-                    "position_ids= are needed where ranks share a sequence; shard_batch makes them."
-                )
-        elif kwargs.get("document_offsets") is None:
-            position_ids = kwargs.get("position_ids")
-            if position_ids is not None and position_ids.shape[0] == 1:
+        position_ids = given.get("position_ids")
+        if self._groups.sp_size > 1:
+            self._check_shard(given, position_ids)
+        elif given.get("document_offsets") is None and position_ids is not None:
+            if position_ids.shape[0] == 1:
                 kwargs = {**kwargs, "document_offsets": offsets_from_positions(position_ids)}
+            elif has_restarts(position_ids):
+                raise ValueError(
+                    f"position_ids restart inside a batch of {position_ids.shape[0]} rows: packed documents "
+                    "need one row; concatenate the rows."
+                )
         return args, kwargs
+
+    def _check_shard(self, given: dict[str, Any], position_ids: Tensor | None) -> None:
+        if given.get("labels") is not None and given.get("shift_labels") is None:
+            raise ValueError(
+                "labels= would be shifted inside each rank's shard and lose one label a border; pass "
+                "shift_labels=, as longseq.distributed.shard_batch makes them."
+            )
+        if position_ids is None:
+            raise ValueError("position_ids= are needed where ranks share a sequence; shard_batch makes them.")
+        if given.get("document_offsets") is None:
+            # A document that begins in this shard is known to the other ranks by its offsets alone.
+            length = position_ids.shape[-1]
+            first = self._groups.sp_rank * length
+            wanted = torch.arange(first, first + length, device=position_ids.device)
+            if not (position_ids == wanted).all():
+                raise ValueError(
+                    f"position_ids of rank {self._groups.sp_rank} of the sequence do not run from {first} to "
+                    f"{first + length - 1}; pass the document_offsets of the whole sequence, as shard_batch "
+                    "makes them."
+                )
+
+
+def _attention_layers(causal_lm: nn.Module) -> list[nn.Module]:
+    layers = getattr(getattr(causal_lm, "model", None), "layers", None)
+    attentions = [getattr(layer, "self_attn", None) for layer in layers or ()]
+    if not attentions or None in attentions:
+        raise ValueError(
+            f"{type(causal_lm).__name__} has no .model.layers with a self_attn each; pass a causal LM whose "
+            "every layer is such a decoder layer."
+        )
+    if any(hasattr(attention, "longseq_attention") for attention in attentions):
+        raise ValueError("the model has this attention already; call handle.undo() first.")
+    return attentions
 
 
 def _refuse_windows(config: Any) -> None:
     layer_types = set(getattr(config, "layer_types", None) or ())
     if "sliding_attention" in layer_types or (not layer_types and getattr(config, "sliding_window", None)):
         raise ValueError(
-            f"sliding_window={getattr(config, 'sliding_window', None)}: sliding-window attention is not there yet; "
-            "set sliding_window to None to train with full attention."
+            f"sliding_window={getattr(config, 'sliding_window', None)}: sliding-window attention is not "
+            "there yet; set sliding_window to None to train with full attention."
         )
 
 
@@ -208,6 +245,18 @@ def _attention_of_layer(
     """What transformers calls: `(B, N, S, H)` in, `(B, S, N, H)` out."""
     if dropout:
         raise ValueError(f"attention_dropout={dropout}: attention dropout is not offered; set it to 0.")
+    unknown = [name for name in UNKNOWN_OPTIONS if kwargs.get(name) is not None]
+    if unknown:
+        raise ValueError(
+            f"{type(module).__name__} asks for {unknown[0]}={kwargs[unknown[0]]!r}, which this attention "
+            "does not do."
+        )
+    device = query.device.type
+    if torch.is_autocast_enabled(device):
+        # Rotary embedding has made queries and keys float32 again: the kernels would refuse the mixture
+        # and the exchange would send twice the bytes.
+        dtype = torch.get_autocast_dtype(device)
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     out = module.longseq_attention(query, key, value, scale=scale, document_offsets=document_offsets)
     return out.transpose(1, 2), None

@@ -7,10 +7,11 @@ and ZeRO 3 by all ranks, in 0.19: a silent factor between stages.) It also shard
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,8 @@ from torch.optim import Optimizer
 
 from .engine import Engine, NonFiniteGradientError
 from .groups import ProcessGroups
+
+logger = logging.getLogger(__name__)
 
 TAG = "zero"
 
@@ -100,21 +103,27 @@ class DeepSpeedEngine(Engine):
 
     def save(self, folder: Path) -> None:
         with _quiet_deepspeed():
-            self._engine.save_checkpoint(str(folder), tag=TAG)
+            # Frozen weights are where they came from: a checkpoint of adapters holds the adapters.
+            self._engine.save_checkpoint(str(folder), tag=TAG, exclude_frozen_parameters=True)
 
     def load(self, folder: Path) -> None:
         self._check_layout(folder)
         with _quiet_deepspeed(), weights_only_loads():
-            loaded, _ = self._engine.load_checkpoint(str(folder), tag=TAG, load_lr_scheduler_states=False)
+            loaded, _ = self._engine.load_checkpoint(
+                str(folder), tag=TAG, load_module_strict=False, load_lr_scheduler_states=False
+            )
         if loaded is None:
             raise ValueError(f"DeepSpeed found no checkpoint in {folder}.")
 
     def _check_layout(self, folder: Path) -> None:
         shards = len(list((folder / TAG).glob("*_optim_states.pt")))
+        if not shards:
+            raise ValueError(f"{folder} holds no ZeRO checkpoint: there is no *_optim_states.pt in {TAG}/.")
         if shards != self._groups.world_size:
             raise ValueError(
-                f"{folder} was written by {shards} processes and this run has {self._groups.world_size}; ZeRO's shards "
-                "load on the same number alone. Start with as many, or `longseq export` it and train from that."
+                f"{folder} was written by {shards} processes and this run has {self._groups.world_size}; "
+                "ZeRO's shards load on the same number alone. Start with as many, or `longseq export` it "
+                "and train from that."
             )
 
 
@@ -171,11 +180,15 @@ def init_deepspeed_communication() -> None:
 
 @contextmanager
 def _quiet_deepspeed() -> Iterator[None]:
-    """DeepSpeed's INFO lines tell a user nothing; its warnings stay."""
+    """DeepSpeed's INFO lines and prints tell a user nothing and go to the debug log; its warnings stay."""
     log = logging.getLogger("DeepSpeed")
     level = log.level
     log.setLevel(logging.WARNING)
+    printed = io.StringIO()
     try:
-        yield
+        with redirect_stdout(printed):
+            yield
     finally:
         log.setLevel(level)
+        if printed.getvalue():
+            logger.debug("%s", printed.getvalue())

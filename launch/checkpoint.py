@@ -136,14 +136,18 @@ def read_state(folder: Path) -> RunState:
     """The state of a checkpoint.
 
     Raises:
-        ValueError: The folder is no checkpoint.
+        ValueError: The folder is no checkpoint, or another version's.
     """
     path = folder / STATE_FILE
     if not path.is_file():
         raise ValueError(
-            f"{folder} is no checkpoint (it has no {STATE_FILE}); give a folder such as RUN/{CHECKPOINTS_DIR}/step-00000100."
+            f"{folder} is no checkpoint (it has no {STATE_FILE}); give a folder such as "
+            f"RUN/{CHECKPOINTS_DIR}/step-00000100."
         )
-    return RunState(**json.loads(path.read_text()))
+    try:
+        return RunState(**json.loads(path.read_text()))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path} cannot be read: {error}.") from error
 
 
 def _rng_state() -> dict[str, torch.Tensor]:

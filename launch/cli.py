@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,11 +22,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     args.launcher_args = launcher_args
     try:
         return args.run(args) or 0
-    except (ValueError, NotImplementedError, FileNotFoundError, PermissionError) as error:
+    except (ValueError, NotImplementedError, OSError) as error:
         if args.traceback:
             raise
         print(f"longseq {args.command}: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        if args.traceback:
+            raise
+        if os.environ.get("RANK", "0") == "0":  # of several processes one says it
+            print(f"longseq {args.command}: interrupted", file=sys.stderr)
+        return 130
 
 
 def _parser() -> argparse.ArgumentParser:

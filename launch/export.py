@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
+import logging
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +17,8 @@ from torch import Tensor, nn
 from .checkpoint import read_state
 from .config import RunConfig
 from .config_file import load_config
+
+logger = logging.getLogger(__name__)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -37,22 +43,44 @@ def export_checkpoint(
         ValueError: No checkpoint there, something at `out` already, or weights of another model.
     """
     state = read_state(checkpoint)
-    if out.exists() and not overwrite and any(out.iterdir()):
-        raise ValueError(f"{out} is there already; name another folder, or allow it with --overwrite.")
+    _check_place(out, overwrite)
     config = load_config(str(checkpoint / "config.yaml"))
     target = DTYPES[dtype] if dtype else _trained_dtype(config)
     weights = _weights(checkpoint / "engine", is_zero=state.zero_stage > 0)
-    model = _model(config, checkpoint / "hf", weights).to(target)
+    with _quiet():
+        model = _model(config, checkpoint / "hf", weights).to(target)
     draft = out.with_name(f".{out.name}.partial")
     shutil.rmtree(draft, ignore_errors=True)
     draft.parent.mkdir(parents=True, exist_ok=True)
     model.config.use_cache = True
-    model.save_pretrained(draft)
+    with _quiet():
+        model.save_pretrained(draft)
     _tokenizer(checkpoint / "hf").save_pretrained(draft)
     if out.exists():
         shutil.rmtree(out)
     os.replace(draft, out)
     return out
+
+
+def _check_place(out: Path, overwrite: bool) -> None:
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return
+    if not (out / "config.json").is_file():
+        raise ValueError(f"{out} is there already and is no exported model; name another folder.")
+    if not overwrite:
+        raise ValueError(f"{out} is there already; name another folder, or allow it with --overwrite.")
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """What DeepSpeed and transformers print while they read and write goes to the debug log."""
+    printed = io.StringIO()
+    try:
+        # Progress bars look for the standard error of the moment when they begin.
+        with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
+            yield
+    finally:
+        logger.debug("%s", printed.getvalue())
 
 
 def _trained_dtype(config: RunConfig) -> torch.dtype:
@@ -63,7 +91,8 @@ def _weights(folder: Path, *, is_zero: bool) -> dict[str, Tensor]:
     if is_zero:
         from ..distributed.zero import consolidated_weights
 
-        return consolidated_weights(folder)
+        with _quiet():
+            return consolidated_weights(folder)
     from safetensors.torch import load_file
 
     return load_file(folder / "model.safetensors")
@@ -77,7 +106,7 @@ def _model(config: RunConfig, hf_folder: Path, weights: dict[str, Tensor]) -> nn
     architecture = AutoConfig.from_pretrained(hf_folder)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(architecture)
-    missing, unexpected = model.load_state_dict(weights, strict=False, assign=True)
+    _, unexpected = model.load_state_dict(weights, strict=False, assign=True)
     model.tie_weights()
     still_empty = [name for name, param in model.named_parameters() if param.is_meta]
     if still_empty or unexpected:
@@ -90,7 +119,6 @@ def _model(config: RunConfig, hf_folder: Path, weights: dict[str, Tensor]) -> nn
 def _merged_adapters(config: RunConfig, weights: dict[str, Tensor]) -> nn.Module:
     from .model import add_adapters, build_base_model
 
-    torch.manual_seed(config.train.seed)  # a base of random weights is that of the seed
     model = add_adapters(build_base_model(config.model, torch.device("cpu"), torch.float32), config.model)
     _, unexpected = model.load_state_dict(weights, strict=False)
     trainable = {name for name, param in model.named_parameters() if param.requires_grad}

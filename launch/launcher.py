@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import signal
 import subprocess
 import sys
 from collections.abc import Sequence
-from types import FrameType
+from itertools import pairwise
 
 from .config import RunConfig
 from .processes import free_port
@@ -27,12 +28,13 @@ def num_processes(config: RunConfig) -> int:
 
     degree = config.parallel.ulysses_degree
     available = torch.cuda.device_count()
-    for count in range(available - available % degree, degree, -degree):
+    for count in range(available - available % degree, 0, -degree):
         if config.train.global_batch_sequences % (config.train.micro_batch_sequences * count // degree) == 0:
             if count < available:
                 print(
                     f"{available - count} of {available} GPUs stay idle: train.global_batch_sequences="
-                    f"{config.train.global_batch_sequences} cannot be shared by more.",
+                    f"{config.train.global_batch_sequences} cannot be shared by more; enlarge it, or "
+                    "parallel.ulysses_degree.",
                     file=sys.stderr,
                 )
             return count
@@ -50,6 +52,7 @@ def launch(
     """Run `longseq train` on several processes and wait for them.
 
     SIGTERM and SIGUSR1 are handed to the workers, which save and stop; DeepSpeed's launcher would kill them.
+    So are Ctrl-C, which ends them at once, and SIGHUP of a terminal that closes, which becomes SIGTERM.
 
     Args:
         config_source: Preset or YAML file.
@@ -70,25 +73,52 @@ def launch(
     if "--master_port" not in " ".join(launcher_args):
         command += ["--master_port", str(free_port())]
     if "--log_level" not in " ".join(launcher_args):
-        command += ["--log_level", "error"]
+        command += ["--log_level", "critical"]  # which worker it was and by which command: they say it better
     command += [*launcher_args, "--module", MODULE, "train", config_source, *overrides]
     environment = dict(os.environ)
     if not _has_gpu():
         environment["DS_ACCELERATOR"] = "cpu"
         # DeepSpeed counts a CPU machine's "devices" by its NUMA nodes unless it is told.
         environment["LOCAL_SIZE"] = str(num_gpus)
-    process = subprocess.Popen(command, env=environment)
+    # In a session of its own: what a terminal or `timeout` sends to all would end DeepSpeed's launcher, and
+    # that the workers, before they have saved.
+    process = subprocess.Popen(command, env=environment, start_new_session=True)
+    numbers = [signal.SIGTERM, signal.SIGUSR1]
+    if signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:  # nohup has it ignored
+        numbers.append(signal.SIGHUP)
     earlier = {
-        number: signal.signal(number, lambda received, frame: _pass_on(process, received, frame))
-        for number in (signal.SIGTERM, signal.SIGUSR1)
+        number: signal.signal(number, lambda received, frame: _pass_on(process, received))
+        for number in numbers
     }
     try:
-        return process.wait()
-    except KeyboardInterrupt:
-        return process.wait()
+        status = _wait(process)
     finally:
         for number, handler in earlier.items():
             signal.signal(number, handler)
+    _tell_of_a_killed_worker(status)
+    return status
+
+
+def _wait(process: subprocess.Popen) -> int:
+    try:
+        try:
+            return process.wait()
+        except KeyboardInterrupt:
+            _pass_on(process, signal.SIGINT)
+            return process.wait()
+    except KeyboardInterrupt:  # the second: nobody wants to wait
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        return 130
+
+
+def _tell_of_a_killed_worker(status: int) -> None:
+    """DeepSpeed's launcher ends with 256 - N where a signal N ended a worker, which then said nothing."""
+    number = -status if status < 0 else 256 - status
+    if status and number in set(signal.Signals):
+        name = signal.Signals(number).name
+        why = "; the machine may have run out of memory" if number == signal.SIGKILL else ""
+        print(f"longseq train: a process of the run was ended by {name}{why}.", file=sys.stderr)
 
 
 def _which_gpus(num_gpus: int) -> list[str]:
@@ -98,21 +128,27 @@ def _which_gpus(num_gpus: int) -> list[str]:
         return ["--num_gpus", str(num_gpus)]
     if num_gpus > len(visible):
         raise ValueError(
-            f"parallel.num_gpus={num_gpus} but CUDA_VISIBLE_DEVICES={','.join(visible)} leaves {len(visible)}."
+            f"parallel.num_gpus={num_gpus} but CUDA_VISIBLE_DEVICES={','.join(visible)} leaves "
+            f"{len(visible)}; ask for as many, or leave more of them visible."
         )
     return ["--include", f"localhost:{','.join(visible[:num_gpus])}"]
 
 
-def _pass_on(process: subprocess.Popen, number: int, frame: FrameType | None) -> None:
+def _pass_on(process: subprocess.Popen, number: int) -> None:
     import psutil
 
+    if number == signal.SIGHUP:
+        number = signal.SIGTERM
+    workers = []
     for child in psutil.Process(process.pid).children(recursive=True):
-        try:
-            words = child.cmdline()
-        except psutil.NoSuchProcess:
-            continue
-        if ("-m", MODULE) in zip(words, words[1:], strict=False):
-            child.send_signal(number)
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if ("-m", MODULE) in pairwise(child.cmdline()):
+                workers.append(child)
+    for worker in workers:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            worker.send_signal(number)
+    if not workers:  # none yet, or all on other nodes, which DeepSpeed's launcher ends
+        os.killpg(process.pid, signal.SIGTERM)
 
 
 def _has_gpu() -> bool:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable
+from difflib import get_close_matches
 from typing import Any
 
 import torch
@@ -12,6 +14,7 @@ from ..distributed.groups import ProcessGroups
 from ..distributed.ulysses import apply_ulysses
 from ..mst.apply import apply_mini_sequence
 from .config import ModelConfig, RunConfig
+from .tokenizer import vocabulary_size
 
 logger = logging.getLogger(__name__)
 
@@ -47,9 +50,9 @@ def hf_config(config: ModelConfig) -> Any:
             raise ValueError(
                 "model.config has no model_type; say which family model.name=null makes, such as llama."
             )
-        known = AutoConfig.for_model(model_type)
+        known = _default_config(model_type)
     else:
-        known = AutoConfig.from_pretrained(config.name, trust_remote_code=False)
+        known = _checkpoint_config(config.name)
         wrong = [
             f"model.config.{name}={value!r} but {config.name} has {getattr(known, name)!r}"
             for name, value in fields.items()
@@ -60,13 +63,43 @@ def hf_config(config: ModelConfig) -> Any:
         fields.pop("model_type", None)
     unknown = [name for name in fields if not hasattr(known, name)]
     if unknown:
+        guesses = [_guess(name, known.to_dict()) for name in unknown]
         raise ValueError(
-            f"model.config has fields that {type(known).__name__} does not know: {', '.join(unknown)}."
+            f"model.config has fields that {type(known).__name__} does not know: {', '.join(guesses)}."
         )
     if config.name is None:
         # Made anew, not changed: a config derives fields (head_dim) from others when it is made.
         return AutoConfig.for_model(known.model_type, **fields)
     return AutoConfig.from_pretrained(config.name, trust_remote_code=False, **fields)
+
+
+def _default_config(model_type: str) -> Any:
+    from transformers import CONFIG_MAPPING, AutoConfig
+
+    if model_type not in CONFIG_MAPPING:
+        raise ValueError(
+            f"model.config.model_type={_guess(model_type, CONFIG_MAPPING)} is no family that transformers "
+            "knows; use one such as llama, qwen3, mistral, phi3 or gemma3_text."
+        )
+    return AutoConfig.for_model(model_type)
+
+
+def _checkpoint_config(name: str) -> Any:
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(name, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0].rstrip(". ")
+        raise ValueError(
+            f"model.name={name!r} cannot be loaded: {reason}. Give a folder with a config.json and "
+            "safetensors, or the name of a Hugging Face repository that you can reach."
+        ) from error
+
+
+def _guess(name: str, known: Iterable[str]) -> str:
+    near = get_close_matches(name, [str(one) for one in known], n=1)
+    return f"{name} (did you mean {near[0]}?)" if near else name
 
 
 def build_base_model(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> nn.Module:
@@ -84,9 +117,16 @@ def build_base_model(config: ModelConfig, device: torch.device, dtype: torch.dty
 
 
 def add_adapters(model: nn.Module, config: ModelConfig) -> nn.Module:
-    """The model with LoRA adapters where the config has them; its own weights are then frozen."""
+    """The model with LoRA adapters where the config has them; its own weights are then frozen.
+
+    Raises:
+        ValueError: Adapters on random weights, or peft is not installed.
+    """
     if config.lora is None:
         return model
+    if config.name is None:
+        # A checkpoint holds the adapters alone, and random weights are not the same on every device.
+        raise ValueError("model.lora adapts a checkpoint's weights and model.name=null has none; name one.")
     try:
         from peft import LoraConfig, get_peft_model
     except ImportError as error:
@@ -131,9 +171,9 @@ def check_vocabulary(model: nn.Module, tokenizer: Any) -> None:
     Raises:
         ValueError: With both sizes.
     """
-    rows = model.get_input_embeddings().num_embeddings
-    if len(tokenizer) > rows:
+    rows, needed = model.get_input_embeddings().num_embeddings, vocabulary_size(tokenizer)
+    if needed > rows:
         raise ValueError(
-            f"the tokenizer has {len(tokenizer)} tokens and the model embeds {rows}; choose the model's own "
+            f"the tokenizer has {needed} tokens and the model embeds {rows}; choose the model's own "
             "tokenizer (data.tokenizer) or a larger model.config.vocab_size."
         )

@@ -44,7 +44,8 @@ def join(ulysses_degree: int, *, use_deepspeed: bool) -> tuple[ProcessGroups, to
     device = torch.device("cuda", local_rank) if has_gpu else torch.device("cpu")
     if has_gpu:
         torch.cuda.set_device(device)
-    elif use_deepspeed:
+    else:
+        # accelerate imports DeepSpeed whether it is used or not, and that complains of a missing GPU.
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     launched = is_launched()
     if launched and not has_gpu:
@@ -124,6 +125,13 @@ def set_up_logging(is_main: bool) -> None:
     handler.setFormatter(logging.Formatter("%(levelname)s %(message)s"))
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
     logging.getLogger("longseq").setLevel(logging.INFO if is_main else logging.WARNING)
+    # DeepSpeed calls torch, and peft transformers, by names that these would like to leave: nothing that a
+    # user can change.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(torch\.distributed|transformers)\.")
+    if not (is_main and sys.stderr.isatty()):
+        from transformers.utils.logging import disable_progress_bar
+
+        disable_progress_bar()
     if not is_main:
         warnings.simplefilter("ignore")
 

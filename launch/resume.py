@@ -28,14 +28,15 @@ WALK_KEYS = (
     "train.seed",
     "train.precision",
 )
-"""Keys that say what the model is and which sequences its next step sees: changed, the cursor means nothing."""
+"""Keys that say what the model is and which sequences its next step sees: with others the cursor is void."""
 
 
 def choose_checkpoint(config: RunConfig, checkpoints: Checkpoints) -> Path | None:
     """The checkpoint to go on from, as `checkpoint.resume` says; None starts anew.
 
     Raises:
-        ValueError: A folder that is no checkpoint, or `never` where there is one.
+        ValueError: A folder that is no checkpoint, `never` where there is one, or a checkpoint where the
+            run has a newer one: its later steps would be mixed with those to come.
     """
     resume = config.checkpoint.resume
     newest = checkpoints.newest()
@@ -50,6 +51,11 @@ def choose_checkpoint(config: RunConfig, checkpoints: Checkpoints) -> Path | Non
         return None
     folder = Path(resume).expanduser()
     read_state(folder)
+    if newest is not None and newest.resolve() != folder.resolve():
+        raise ValueError(
+            f"checkpoint.resume={resume} but the run has gone on to {newest}; set checkpoint.resume=auto to "
+            "go on from that, or another log.run_dir to branch off."
+        )
     return folder
 
 
@@ -73,12 +79,10 @@ def check_same_walk(config: RunConfig, folder: Path) -> None:
             + "\nSet them back, or train into another log.run_dir."
         )
     state = read_state(folder)
-    if (state.zero_stage > 0) != (config.parallel.zero_stage > 0) or (
-        state.zero_stage != config.parallel.zero_stage
-    ):
+    if state.zero_stage != config.parallel.zero_stage:
         raise ValueError(
-            f"parallel.zero_stage={config.parallel.zero_stage} but {folder} was written with {state.zero_stage}; "
-            "keep the stage, or `longseq export` the checkpoint and train from that."
+            f"parallel.zero_stage={config.parallel.zero_stage} but {folder} was written with "
+            f"{state.zero_stage}; keep the stage, or `longseq export` the checkpoint and train from that."
         )
 
 

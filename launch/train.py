@@ -6,7 +6,7 @@ import logging
 import math
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ from .prepare import prepare
 from .processes import StopRequest
 from .resume import check_same_walk, choose_checkpoint
 from .schedule import learning_rate
-from .tokenizer import load_tokenizer
+from .tokenizer import load_tokenizer, padding_id, vocabulary_size
 
 logger = logging.getLogger(__name__)
 
@@ -76,6 +76,8 @@ def train(config: RunConfig, groups: ProcessGroups, device: torch.device) -> Run
             run_dir,
             run.total_steps,
         )
+        if checkpoints.newest() is not None:  # it may have died between its last checkpoint and here
+            run.finish(run_dir)
         return run.state
     if groups.is_main:
         run_dir.mkdir(parents=True, exist_ok=True)
@@ -126,6 +128,7 @@ def _set_up(
         )
     torch.manual_seed(config.train.seed)
     engine = _build_engine(config, plan, groups, device, tokenizer)
+    torch.manual_seed(config.train.seed + 1 + groups.rank)  # dropout must not repeat from shard to shard
     return _Run(config, groups, device, engine, tokenizer, train_set, eval_set, total_steps, checkpoints)
 
 
@@ -135,9 +138,7 @@ def _sequences(config: RunConfig, store: Any, tokenizer: Any) -> SequenceDataset
         length=config.sequence.length,
         pack=config.data.pack,
         long_documents=config.data.long_documents,
-        pad_token_id=tokenizer.pad_token_id
-        if tokenizer.pad_token_id is not None
-        else tokenizer.eos_token_id or 0,
+        pad_token_id=padding_id(tokenizer),
     )
 
 
@@ -146,8 +147,9 @@ def _build_engine(
 ) -> Engine:
     bf16 = config.train.precision == "bf16"
     use_zero = config.parallel.zero_stage > 0
-    # ZeRO keeps float32 masters of its own; otherwise the weights are the masters.
-    dtype = torch.bfloat16 if bf16 and use_zero else torch.float32
+    # ZeRO keeps float32 masters of its own, and frozen weights need none (peft makes adapters float32);
+    # otherwise the weights are the masters.
+    dtype = torch.bfloat16 if bf16 and (use_zero or config.model.lora is not None) else torch.float32
     model = build_model(config, groups, device, dtype)
     check_vocabulary(model, tokenizer)
     optimizer = build_optimizer(model, config.optimizer)
@@ -186,7 +188,7 @@ class _Run:
     eval_set: SequenceDataset | None
     total_steps: int
     checkpoints: Checkpoints
-    state: RunState = RunState()
+    state: RunState = field(default_factory=RunState)
 
     def loop(self, metrics: MetricsWriter) -> None:
         """Every step that is left, with evaluations and checkpoints where they are due."""
@@ -201,7 +203,6 @@ class _Run:
         stop = StopRequest()
         eta = EtaEstimate()
         self._note_entropy(metrics)
-        saved_step = -1
         try:
             while self.state.step < self.total_steps:
                 started = time.perf_counter()
@@ -213,16 +214,15 @@ class _Run:
                 first = step == 1 and config.checkpoint.at_first_step
                 if is_last or result.stop or first or _due(step, config.checkpoint.every):
                     self._save()
-                    saved_step = step
                 if result.stop and not is_last:
-                    metrics.note(f"stopped by {stop.asked_by or 'another rank'}; saved step {saved_step}")
-                    logger.info("asked to stop: saved step %d of %d.", step, self.total_steps)
+                    asked_by = stop.asked_by or "another rank"
+                    metrics.note(f"stopped by {asked_by}; saved step {step} of {self.total_steps}")
                     return
         finally:
             stop.restore()
 
     def finish(self, run_dir: Path) -> None:
-        """What a run leaves behind once it is over: the plot, and the exported model where it is asked for."""
+        """What a run leaves behind once it is over: the plot, and the exported model if asked for."""
         if self.groups.is_main:
             try:
                 logger.info("loss curve: %s", plot_runs([run_dir]))
@@ -237,15 +237,17 @@ class _Run:
 
     def _step(self, stop: StopRequest) -> _StepResult:
         """One optimizer step. The host waits for the device once before the update and once in it."""
-        batches = list(self._train_batches())
+        wholes = list(self._train_batches())
+        batches = list(self._shards(wholes))
         num_tokens = count_tokens((batch["shift_labels"] for batch in batches), self.groups, self.device)
         shared = 1.0 / self.groups.sp_size  # ranks of a sequence count it together
         totals = torch.zeros(4, dtype=torch.float64, device=self.device)  # NLL, tokens, FLOPs, votes to stop
         totals[3] = float(stop.asked_by is not None)
         lr = learning_rate(self.state.step, self.total_steps, self.config.optimizer.lr, self.config.schedule)
         norm: float | None = None
-        for index, batch in enumerate(batches):
-            lengths = batch["document_offsets"].diff().tolist()
+        for index, (whole, batch) in enumerate(zip(wholes, batches, strict=True)):
+            # Of the whole sequence: a shard's has padding, by which runs of unequal degree would differ.
+            lengths = whole["document_offsets"].diff().tolist()
             totals[1:3] += torch.tensor([sum(lengths) * shared, self._flops(lengths) * shared]).to(
                 self.device
             )
@@ -266,9 +268,9 @@ class _Run:
         self.state = self.state.after_step(self.config.train.global_batch_sequences, round(tokens))
         return _StepResult(loss, norm, round(tokens), flops, lr, votes > 0)
 
-    def _train_batches(self) -> Iterator[dict[str, Tensor]]:
+    def _train_batches(self) -> Iterator[Batch]:
         train = self.config.train
-        whole = micro_batches(
+        return micro_batches(
             self.train_set,
             seed=train.seed,
             first_sequence=self.state.sequences_seen,
@@ -277,7 +279,6 @@ class _Run:
             dp_rank=self.groups.dp_rank,
             dp_size=self.groups.dp_size,
         )
-        return self._shards(whole)
 
     def _shards(self, batches: Iterable[Batch]) -> Iterator[dict[str, Tensor]]:
         for batch in batches:
@@ -319,10 +320,10 @@ class _Run:
         )
 
     def _note_entropy(self, metrics: MetricsWriter) -> None:
-        """The loss of a model that knows each word's frequency and nothing else, to hold the curve against."""
+        """The loss of a model that knows how frequent each word is and no more, to hold the curve against."""
         if self.eval_set is None or self.state.step > 0:
             return
-        counts = torch.zeros(len(self.tokenizer), dtype=torch.float64, device=self.device)
+        counts = torch.zeros(vocabulary_size(self.tokenizer), dtype=torch.float64, device=self.device)
         for batch in self._shards(self._eval_batches()):
             labels = batch["shift_labels"].flatten()
             counts += torch.bincount(labels[labels >= 0], minlength=len(counts)).to(counts)
@@ -352,11 +353,11 @@ class _Run:
             )
         )
         if state.step == 1 and self.config.model.name is not None:
-            guess = math.log(len(self.tokenizer))
+            guess = math.log(vocabulary_size(self.tokenizer))
             if result.loss > SUSPICIOUS_SHARE * guess:
                 logger.warning(
-                    "the first loss of a pretrained model is %.2f, near the %.2f of guessing: check that tokenizer, "
-                    "chat template and model belong together.",
+                    "the first loss of a pretrained model is %.2f, near the %.2f of guessing: check that "
+                    "tokenizer, chat template and model belong together.",
                     result.loss,
                     guess,
                 )
@@ -373,8 +374,8 @@ class _Run:
         newest = self.checkpoints.newest()
         left = f"the newest checkpoint is {newest}" if newest else "there is no checkpoint yet"
         return TrainingError(
-            f"step {self.state.step + 1}: {what}. Stopped before the update; {left}. Try a lower optimizer.lr, more "
-            "schedule.warmup_steps, or look at the sequences of this step."
+            f"step {self.state.step + 1}: {what}. Stopped before the update; {left}. Try a lower "
+            "optimizer.lr, more schedule.warmup_steps, or look at the sequences of this step."
         )
 
     def __post_init__(self) -> None:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import logging
+import time
 
 from .config import RunConfig
 from .processes import join, leave, set_up_logging
 from .train import TrainingError, train
 
 logger = logging.getLogger(__name__)
+
+MAIN_SPEAKS_FIRST_S = 5.0
+"""What stops one rank mostly stops all, and the launcher ends those that have not said so yet."""
 
 
 def run_worker(config: RunConfig) -> int:
@@ -23,7 +27,12 @@ def run_worker(config: RunConfig) -> int:
         train(config, groups, device)
         return 0
     except TrainingError as error:
-        logger.error("%s", error)
+        if groups.is_main:  # it is about sums over all ranks: each of them raises it
+            logger.error("%s", error)
         return 1
+    except Exception:
+        if not groups.is_main:
+            time.sleep(MAIN_SPEAKS_FIRST_S)
+        raise
     finally:
         leave()

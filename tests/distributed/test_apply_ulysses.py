@@ -1,0 +1,184 @@
+"""`apply_ulysses` on a Hugging Face model of one process: documents, refusals and the way back."""
+
+from __future__ import annotations
+
+import json
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+from longseq.distributed import ProcessGroups, apply_ulysses
+from longseq.distributed.ulysses import UlyssesAttention
+from torch import Tensor, nn
+from training_samples import VOCAB, tiny_llama
+from transformers import AutoConfig, AutoModelForCausalLM, MistralConfig, MistralForCausalLM
+
+OFFSETS = (0, 13, 14, 37)
+
+
+def ids_of(rows: int = 1) -> Tensor:
+    return torch.randint(0, VOCAB, (rows, 37), generator=torch.Generator().manual_seed(0))
+
+
+def restarting_positions(rows: int = 1) -> Tensor:
+    lengths = torch.tensor(OFFSETS).diff().tolist()
+    return torch.cat([torch.arange(length) for length in lengths]).expand(rows, -1)
+
+
+def document_logits(model: nn.Module, ids: Tensor) -> Tensor:
+    """Each document through the model alone."""
+    bounds = pairwise(OFFSETS)
+    return torch.cat([model(input_ids=ids[:, a:b], use_cache=False).logits for a, b in bounds], dim=1)
+
+
+def assert_near(got: Tensor, wanted: Tensor) -> None:
+    torch.testing.assert_close(got, wanted, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("told_by", ["document_offsets", "position_ids"])
+def test_packed_documents_are_as_if_alone(told_by: str) -> None:
+    model, ids = tiny_llama(torch.float64), ids_of()
+    wanted = document_logits(model, ids)
+    apply_ulysses(model)
+    batch = {"input_ids": ids, "position_ids": restarting_positions()}
+    if told_by == "document_offsets":
+        batch["document_offsets"] = torch.tensor(OFFSETS, dtype=torch.int32)
+    assert_near(model(**batch, use_cache=False).logits, wanted)
+
+
+def test_plain_rows_keep_their_numbers() -> None:
+    model, ids = tiny_llama(torch.float64), ids_of(rows=3)
+    wanted = model(input_ids=ids, labels=ids, use_cache=False)
+    apply_ulysses(model)
+    got = model(input_ids=ids, labels=ids, use_cache=False)
+    assert_near(got.logits, wanted.logits)
+    torch.testing.assert_close(got.loss, wanted.loss)
+    assert_near(
+        model(input_ids=ids, position_ids=torch.arange(37).expand(3, -1)).logits,
+        wanted.logits,
+    )
+
+
+def test_undo_gives_the_model_back() -> None:
+    model, ids = tiny_llama(torch.float64), ids_of()
+    implementation = model.config._attn_implementation
+    wanted = model(input_ids=ids).logits
+    handle = apply_ulysses(model)
+    handle.undo()
+    handle.undo()
+    assert model.config._attn_implementation == implementation
+    assert not any(hasattr(module, "longseq_attention") for module in model.modules())
+    mask = torch.ones(1, 37, dtype=torch.long)
+    assert torch.equal(model(input_ids=ids, attention_mask=mask).logits, wanted)
+    assert model.generate(ids, attention_mask=mask, max_new_tokens=2, pad_token_id=0).shape == (1, 39)
+
+
+def test_other_models_of_the_class_are_not_touched() -> None:
+    touched, other, ids = tiny_llama(), tiny_llama(), ids_of()
+    apply_ulysses(touched)
+    assert other(input_ids=ids, attention_mask=torch.ones(1, 37)).logits is not None
+
+
+def test_a_saved_config_does_not_ask_for_this_attention(tmp_path: Path) -> None:
+    model = tiny_llama()
+    apply_ulysses(model)
+    model.config.save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "config.json").read_text())
+    assert "longseq" not in json.dumps(saved)
+
+
+def test_applying_twice_is_refused() -> None:
+    model = tiny_llama()
+    handle = apply_ulysses(model)
+    with pytest.raises(ValueError, match=r"has this attention already; call handle\.undo\(\)"):
+        apply_ulysses(model)
+    handle.undo()
+    apply_ulysses(model)
+
+
+@pytest.mark.parametrize("by_name", [True, False])
+def test_an_attention_mask_is_refused(by_name: bool) -> None:
+    model, ids, mask = tiny_llama(), ids_of(), torch.ones(1, 37)
+    apply_ulysses(model)
+    with pytest.raises(ValueError, match="attention_mask is not taken"):
+        model(ids, attention_mask=mask) if by_name else model(ids, mask)
+
+
+def test_packed_documents_in_several_rows_are_refused() -> None:
+    model = tiny_llama()
+    apply_ulysses(model)
+    with pytest.raises(ValueError, match="restart inside a batch of 2 rows"):
+        model(input_ids=ids_of(2), position_ids=restarting_positions(2))
+
+
+def test_attention_dropout_is_refused() -> None:
+    model = tiny_llama(attention_dropout=0.1)
+    apply_ulysses(model)
+    with pytest.raises(ValueError, match=r"attention_dropout=0\.1"):
+        model(input_ids=ids_of())
+
+
+def test_a_sliding_window_is_refused() -> None:
+    config = MistralConfig(
+        hidden_size=32,
+        intermediate_size=80,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=VOCAB,
+        sliding_window=16,
+    )
+    with pytest.raises(ValueError, match="sliding_window=16"):
+        apply_ulysses(MistralForCausalLM(config))
+    config.sliding_window = None
+    apply_ulysses(MistralForCausalLM(config))
+
+
+def test_what_a_family_asks_of_its_attention_is_not_swallowed() -> None:
+    config = AutoConfig.for_model(
+        "gemma2",
+        hidden_size=32,
+        intermediate_size=80,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        vocab_size=VOCAB,
+        layer_types=["full_attention"],
+        attn_logit_softcapping=50.0,
+    )
+    model = AutoModelForCausalLM.from_config(config)
+    apply_ulysses(model)
+    with pytest.raises(ValueError, match=r"Gemma2Attention asks for softcap=50\.0"):
+        model(input_ids=ids_of())
+
+
+def test_a_model_without_decoder_layers_is_refused_by_name() -> None:
+    model = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model("gpt2", n_embd=32, n_layer=1, n_head=2, vocab_size=VOCAB)
+    )
+    with pytest.raises(ValueError, match=r"GPT2LMHeadModel has no \.model\.layers"):
+        apply_ulysses(model)
+
+
+@pytest.mark.parametrize(
+    ("heads", "sp_size", "fitting"), [((8, 2), 4, "1, 2"), ((6, 6), 4, "1, 2, 3, 6"), ((4, 4), 3, "1, 2, 4")]
+)
+def test_heads_that_do_not_divide_are_refused_with_what_would_do(
+    heads: tuple[int, int], sp_size: int, fitting: str
+) -> None:
+    attention = UlyssesAttention(ProcessGroups(0, sp_size, sp_size))
+    with pytest.raises(ValueError, match=rf"ulysses_degree={sp_size} must divide .*; use {fitting}\."):
+        attention.check_heads(*heads)
+
+
+def test_adapters_see_the_same_checks() -> None:
+    peft = pytest.importorskip("peft")
+    model, ids = tiny_llama(torch.float64), ids_of()
+    wanted = document_logits(model, ids)
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    apply_ulysses(adapted)
+    assert_near(adapted(input_ids=ids, position_ids=restarting_positions()).logits, wanted)
+    with pytest.raises(ValueError, match="attention_mask is not taken"):
+        adapted(input_ids=ids, attention_mask=torch.ones(1, 37))

@@ -1,0 +1,81 @@
+"""Functions run in several gloo processes: one start of the processes, many cases in it."""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+import os
+import tempfile
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+HANG_S = 120
+"""A collective that some rank never joins fails the test after this."""
+
+Case = tuple[Callable[..., Any], dict[str, Any]]
+
+
+def run_cases(world_size: int, cases: dict[str, Case]) -> dict[str, list[Any]]:
+    """Run every case on every rank, one after the other, in processes that are started once.
+
+    Args:
+        world_size: Number of processes; each computes on one thread.
+        cases: Name to (function at the top of its module, its keyword arguments). What it returns must be
+            made of tensors, numbers, strings, lists and dicts.
+
+    Returns:
+        Name to what each rank returned.
+
+    Raises:
+        ProcessRaisedException: With the traceback and the case's name, where one of them raised.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        located = {name: (inspect.getfile(fn), fn.__name__, kwargs) for name, (fn, kwargs) in cases.items()}
+        mp.spawn(_run_rank, (world_size, Path(folder), located), nprocs=world_size)
+        ranks = [torch.load(Path(folder) / f"{rank}.pt", weights_only=True) for rank in range(world_size)]
+    return {name: [returned[name] for returned in ranks] for name in cases}
+
+
+def _run_rank(
+    rank: int, world_size: int, folder: Path, located: dict[str, tuple[str, str, dict[str, Any]]]
+) -> None:
+    torch.set_num_threads(1)
+    # DeepSpeed looks for these even where the process group is there.
+    os.environ.update(DS_ACCELERATOR="cpu", RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{folder / 'rendezvous'}",
+        rank=rank,
+        world_size=world_size,
+        timeout=timedelta(seconds=HANG_S),
+    )
+    modules: dict[str, ModuleType] = {}
+    returned = {}
+    for name, (file, function, kwargs) in located.items():
+        if file not in modules:
+            modules[file] = _load_module(file)
+        torch.manual_seed(0)
+        try:
+            returned[name] = getattr(modules[file], function)(**kwargs)
+        except Exception as error:
+            raise RuntimeError(f"case {name!r} on rank {rank}") from error
+    torch.save(returned, folder / f"{rank}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def _load_module(file: str) -> ModuleType:
+    """A test module by its path: the name that pytest gave it does not exist in a new process."""
+    spec = importlib.util.spec_from_file_location(f"{Path(file).stem}_in_gloo", file)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
