@@ -8,7 +8,8 @@ PYTHON ?= python3
 VENV ?= .venv
 CONFIG ?= tiny-cpu
 ARGS ?=
-PYTEST_ARGS ?=
+# Two workers: most of a test is starting processes and importing. `PYTEST_ARGS=-n0` runs one by one.
+PYTEST_ARGS ?= -n 2 --dist loadfile
 
 ifeq ($(strip $(VENV)),)
 BIN :=

@@ -11,9 +11,10 @@ from typing import Any
 
 import report
 import torch
-from longseq.cce import linear_cross_entropy
 from torch import Tensor
 from torch.nn import functional as F
+
+from longseq.cce import linear_cross_entropy
 
 HEADS = {"Gemma-2-2B": (256000, 2304), "Llama-3-8B": (128256, 4096)}
 NUM_TOKENS = 8192

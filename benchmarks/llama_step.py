@@ -12,11 +12,12 @@ from collections.abc import Callable
 
 import report
 import torch
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
 from longseq.distributed import apply_ulysses
 from longseq.launch.flops import ModelShape, model_flops
 from longseq.mst import apply_mini_sequence
-from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
 
 LLAMA_3_8B = {
     "hidden_size": 4096,
@@ -123,7 +124,7 @@ def run_lengths(name: str, model: LlamaForCausalLM, args, losses: dict[int, floa
             break
         if abs(found["loss"] - losses.setdefault(num_tokens, found["loss"])) > LOSS_TOLERANCE:
             raise SystemExit(
-                f"{name} at {num_tokens}: loss {found['loss']} is not {losses[num_tokens]}; nothing is reported."
+                f"{name} at {num_tokens}: loss {found['loss']} is not {losses[num_tokens]}; nothing is kept."
             )
         row |= found
         row["tokens/s"] = num_tokens / found["s"]

@@ -133,8 +133,9 @@ def _check_labels(labels: Tensor, vocab_size: int, options: LossOptions) -> None
     if wrong.any():
         index = int(wrong.nonzero()[0])
         raise ValueError(
-            f"labels[{index}]={int(labels[index])} (flattened; {int(wrong.sum())} such) is outside the vocabulary "
-            f"of {vocab_size} words; give tokens that do not count {options.ignore_index} (ignore_index)."
+            f"labels[{index}]={int(labels[index])} (flattened; {int(wrong.sum())} such) is outside the "
+            f"vocabulary of {vocab_size} words; give {options.ignore_index} (ignore_index) to tokens that "
+            "do not count."
         )
 
 

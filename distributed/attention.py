@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
-
 from inspect import signature
+from itertools import pairwise
 
 import torch
 from torch import Tensor

@@ -117,9 +117,11 @@ class LocalEngine(Engine):
         if not self._groups.is_main:
             return
         folder.mkdir(parents=True, exist_ok=True)
-        weights = {
-            name: tensor.contiguous() for name, tensor in unique_tensors(self.module.state_dict()).items()
-        }
+        # Frozen weights are where they came from: a checkpoint of adapters holds the adapters.
+        parameters = self.module.named_parameters(remove_duplicate=False)
+        frozen = {name for name, param in parameters if not param.requires_grad}
+        state = {name: tensor for name, tensor in self.module.state_dict().items() if name not in frozen}
+        weights = {name: tensor.contiguous() for name, tensor in unique_tensors(state).items()}
         save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
         torch.save(self._optimizer.state_dict(), folder / "optimizer.pt")
 

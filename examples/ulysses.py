@@ -1,4 +1,4 @@
-"""Ulysses in your own loop: two processes train on one sequence. Run: torchrun --nproc-per-node 2 ulysses.py"""
+"""Ulysses in your own loop, two processes on one sequence: torchrun --nproc-per-node 2 ulysses.py"""
 
 import torch
 import torch.distributed as dist

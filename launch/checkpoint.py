@@ -84,6 +84,7 @@ class Checkpoints:
         if self._groups.is_main:
             write_model_files(draft)
             (draft / STATE_FILE).write_text(json.dumps(asdict(state), indent=2))
+            share(draft)
             if final.exists():
                 shutil.rmtree(final)
             os.replace(draft, final)
@@ -148,6 +149,14 @@ def read_state(folder: Path) -> RunState:
         return RunState(**json.loads(path.read_text()))
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path} cannot be read: {error}.") from error
+
+
+def share(folder: Path) -> None:
+    """Give files the permissions that new files have here; safetensors makes them its owner's alone."""
+    umask = os.umask(0)
+    os.umask(umask)
+    for path in folder.rglob("*.safetensors"):
+        path.chmod(0o666 & ~umask)
 
 
 def _rng_state() -> dict[str, torch.Tensor]:

@@ -124,6 +124,8 @@ def _model_is_named(config: RunConfig, world_size: int | None) -> Iterator[str]:
             f"model.config.model_type={shown(model.config.get('model_type'))} must be named when "
             "model.name=null; write the architecture, such as llama or qwen3."
         )
+    if model.name is None and model.lora is not None:
+        yield "model.lora adapts a checkpoint's weights and model.name=null has none; name a checkpoint."
 
 
 def _shapes_are_counts(config: RunConfig, world_size: int | None) -> Iterator[str]:
@@ -266,7 +268,7 @@ def _final_ratio_is_used(config: RunConfig, world_size: int | None) -> Iterator[
 
 
 RULES: tuple[Rule, ...] = (
-    Rule(("model.name", "model.config"), _model_is_named),
+    Rule(("model.name", "model.config", "model.lora"), _model_is_named),
     Rule(("model.config",), _shapes_are_counts),
     Rule(("model.config",), _heads_are_grouped),
     Rule(("model.name", "data.tokenizer"), _tokenizer_is_known),

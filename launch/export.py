@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .checkpoint import read_state
+from .checkpoint import read_state, share
 from .config import RunConfig
 from .config_file import load_config
 
@@ -56,6 +56,7 @@ def export_checkpoint(
     with _quiet():
         model.save_pretrained(draft)
     _tokenizer(checkpoint / "hf").save_pretrained(draft)
+    share(draft)
     if out.exists():
         shutil.rmtree(out)
     os.replace(draft, out)

@@ -8,6 +8,7 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from .families import CausalLMParts, find_parts
@@ -159,7 +160,7 @@ def _tiled_mlp(
         tile = tile_tokens
         if tile == "auto":
             tile = choose_tile_tokens(num_tokens, intermediate_size, hidden.dtype.itemsize)
-        if num_tokens <= tile and recomputes_layers and mlp.training:
+        if num_tokens <= tile and recomputes_layers and mlp.training and not _is_one_of_several():
             return original(hidden)  # the layer's own checkpoint already holds it to one tile
         return mini_sequence(
             original,
@@ -170,6 +171,15 @@ def _tiled_mlp(
         )
 
     return forward
+
+
+def _is_one_of_several() -> bool:
+    """Whether other ranks may cut other lengths.
+
+    Gradients of a tiled MLP arrive together, those of a plain one layer by layer. ZeRO 2 and 3 reduce in the
+    order of arrival: a rank with a short row beside one with a long row would add up different weights.
+    """
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 def _head_with_loss(head: nn.Module, loss: str, memory_mib: int | None) -> Callable:

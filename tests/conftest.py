@@ -7,6 +7,11 @@ import os
 import pytest
 import torch
 
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Workers beside each other: threads that wait for a core spin, and all of them crawl.
+    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
+
 # A test must never wait for a hub, nor write into the user's cache.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 

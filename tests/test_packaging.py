@@ -36,10 +36,15 @@ def test_the_wheel_works_from_anywhere(built: tuple[Path, Path], tmp_path: Path)
     assert {f"longseq/configs/{name}" for name in presets} <= set(names)
     modules = {f"longseq/{path.relative_to(ROOT)}" for path in ROOT.glob("*/*.py") if _is_library(path)}
     assert modules <= set(names)
-    code = "import longseq; from longseq.launch.cli import main; print(longseq.__file__); main(['config', 'list'])"
+    code = "import longseq, longseq.launch.cli as cli; print(longseq.__file__); cli.main(['config', 'list'])"
     environment = {**os.environ, "PYTHONPATH": str(tmp_path / "site")}
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     assert str(tmp_path / "site") in done.stdout
@@ -50,7 +55,15 @@ def test_the_sdist_holds_what_is_needed_to_work_on_it(built: tuple[Path, Path]) 
     sdist, _ = built
     with tarfile.open(sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
-    wanted = {"Makefile", "constraints.txt", "README.md", "LICENSE", "CHANGELOG.md", ".ci/run", "tests/numerics.py"}
+    wanted = {
+        "Makefile",
+        "constraints.txt",
+        "README.md",
+        "LICENSE",
+        "CHANGELOG.md",
+        ".ci/run",
+        "tests/numerics.py",
+    }
     assert wanted <= names
     assert not {name for name in names if name.startswith((".venv", "runs", ".whl"))}
 

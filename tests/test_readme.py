@@ -76,8 +76,8 @@ def test_python_is_python_that_runs(code: str) -> None:
 PRELUDE = """
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
-config = LlamaConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, vocab_size=50)
-model = LlamaForCausalLM(config)
+sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+model = LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=50))
 input_ids = labels = torch.randint(0, 50, (1, 64))
 hidden, head = torch.randn(1, 64, 32), model.lm_head
 """

@@ -6,12 +6,13 @@ from dataclasses import dataclass, field
 
 import pytest
 import torch
-from longseq.cce import linear_cross_entropy
-from longseq.cce.exact import chunk_tokens
-from longseq.cce.options import LossOptions
 from numerics import assert_as_accurate_as
 from torch import Tensor
 from torch.nn import functional as F
+
+from longseq.cce import linear_cross_entropy
+from longseq.cce.exact import chunk_tokens
+from longseq.cce.options import LossOptions
 
 N, V, D = 67, 131, 29  # multiples of nothing
 

@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from longseq.distributed import ProcessGroups, apply_ulysses
-from longseq.distributed.ulysses import UlyssesAttention
 from torch import Tensor, nn
 from training_samples import VOCAB, tiny_llama
 from transformers import AutoConfig, AutoModelForCausalLM, MistralConfig, MistralForCausalLM
+
+from longseq.distributed import ProcessGroups, apply_ulysses
+from longseq.distributed.ulysses import UlyssesAttention
 
 OFFSETS = (0, 13, 14, 37)
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from longseq.distributed.attention import local_attention
 from numerics import assert_as_accurate_as
 from torch import Tensor
 from training_samples import plain_attention
+
+from longseq.distributed.attention import local_attention
 
 HEADS = [(4, 4), (4, 2), (8, 1)]
 DOCUMENTS = [None, (0, 37), (0, 13, 14, 37), (0, 0, 20, 20, 37)]

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from gloo import run_cases
+
 from longseq.distributed import ProcessGroups
 
 

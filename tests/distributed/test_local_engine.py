@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from longseq.distributed import ProcessGroups
-from longseq.distributed.engine import LocalEngine, NonFiniteGradientError
 from torch import Tensor, nn
 from training_samples import LEARNING_RATES, engine_step, prepared_llama, tiny_llama, weights_of
+
+from longseq.distributed import ProcessGroups
+from longseq.distributed.engine import LocalEngine, NonFiniteGradientError
 
 ALONE = ProcessGroups()
 

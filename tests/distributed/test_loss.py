@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.nn import functional as F
+
 from longseq.distributed import ProcessGroups, global_token_loss
 from longseq.distributed.loss import count_tokens
-from torch.nn import functional as F
 
 CPU = torch.device("cpu")
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor
+
 from longseq.distributed import ProcessGroups, shard_batch
 from longseq.distributed.sequence import (
     document_positions,
@@ -11,7 +13,6 @@ from longseq.distributed.sequence import (
     pad_batch,
     shift_labels,
 )
-from torch import Tensor
 
 
 def offsets_of(*bounds: int) -> Tensor:

@@ -8,8 +8,6 @@ import pytest
 import torch
 import torch.distributed as dist
 from gloo import run_cases
-from longseq.distributed import ProcessGroups
-from longseq.distributed.engine import LocalEngine, NonFiniteGradientError
 from torch import Tensor
 from training_samples import (
     MICRO_BATCHES,
@@ -19,6 +17,12 @@ from training_samples import (
     tiny_llama,
     weights_of,
 )
+
+from longseq.distributed import ProcessGroups
+from longseq.distributed.engine import LocalEngine, NonFiniteGradientError
+
+# Six processes are started, each of which imports PyTorch and most transformers.
+pytestmark = pytest.mark.slow
 
 LAYOUTS = {
     f"{world_size} processes, sp {sp_size}, {'tied' if tie else 'untied'}": (world_size, sp_size, tie)

@@ -8,11 +8,15 @@ import pytest
 import torch
 import torch.distributed as dist
 from gloo import run_cases
-from longseq.distributed import ProcessGroups, apply_ulysses, shard_batch
-from longseq.distributed.ulysses import UlyssesAttention
 from torch import Tensor, nn
 from torch.nn import functional as F
 from training_samples import packed_rows, plain_attention, tiny_llama
+
+from longseq.distributed import ProcessGroups, apply_ulysses, shard_batch
+from longseq.distributed.ulysses import UlyssesAttention
+
+# Six processes are started, each of which imports PyTorch and most transformers.
+pytestmark = pytest.mark.slow
 
 LENGTH, HEAD_DIM = 36, 8
 CASES = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,8 +11,6 @@ import pytest
 import torch
 import torch.distributed as dist
 from gloo import run_cases
-from longseq.distributed import ProcessGroups
-from longseq.distributed.engine import LocalEngine, NonFiniteGradientError
 from numerics import assert_as_accurate_as
 from torch import Tensor, nn
 from training_samples import (
@@ -23,6 +22,9 @@ from training_samples import (
     tiny_llama,
     weights_of,
 )
+
+from longseq.distributed import ProcessGroups
+from longseq.distributed.engine import LocalEngine, NonFiniteGradientError
 
 if TYPE_CHECKING:
     from longseq.distributed.zero import DeepSpeedEngine
@@ -206,6 +208,7 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list]:
     return results
 
 
+@cache
 def plain(dtype: torch.dtype, tie: bool) -> tuple[list[float], dict[str, Tensor]]:
     """Losses and changes of the weights."""
     model = tiny_llama(tie_word_embeddings=tie).to(dtype)

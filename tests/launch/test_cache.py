@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+
 from longseq.launch.cache import build_once, cache_root
 
 

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from longseq.launch.config import RunConfig
 from longseq.launch.config_errors import ConfigError, describe, schema_keys, section_of, suggest
 from longseq.launch.config_file import check_world, list_presets, load_config, parse_config, schema_json

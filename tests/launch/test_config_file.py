@@ -1,6 +1,7 @@
 import pickle
 
 import pytest
+
 from longseq.launch.config_file import ConfigError, dump_config, load_config
 
 VALID = """\
@@ -53,7 +54,7 @@ def test_overrides_are_yaml_and_the_later_one_counts(write):
             "optimizer.betas=[0.9,0.99]",
             "model.config.num_hidden_layers=2",
             "model.name=null",
-            "model.lora.rank=8",
+            "optimizer.weight_decay=0.5",
             "optimizer.lr=1",
             "optimizer.lr=3e-4",
             "data.source=[a.jsonl, b=c.jsonl]",
@@ -63,7 +64,7 @@ def test_overrides_are_yaml_and_the_later_one_counts(write):
     assert config.optimizer.betas == (0.9, 0.99)
     assert config.model.config == {"model_type": "llama", "rope_theta": 5e5, "num_hidden_layers": 2}
     assert config.model.name is None
-    assert config.model.lora.rank == 8
+    assert config.optimizer.weight_decay == 0.5
     assert config.optimizer.lr == 3e-4
     assert config.data.source == ("a.jsonl", "b=c.jsonl")
 
@@ -164,7 +165,7 @@ def test_a_file_that_is_no_text_is_refused(tmp_path):
         [],
         ["schedule.name=constant"],
         ["schedule.name=constant", "schedule.final_ratio=1"],
-        ["train.steps=7", "optimizer.lr=1e-22", "optimizer.clip_norm=null", "model.lora={}"],
+        ["train.steps=7", "optimizer.lr=1e-22", "optimizer.clip_norm=null", "model.lora={}", "model.name=x"],
         ['model.config.odd={0: "2e-5", 1: "2026-10-01", 2: [null, "no", {a: .inf}], 3: "1:30"}'],
         ["data.source=[a.jsonl, 'ü # b.jsonl']", "log.run_dir='2026'", "model.name=' x '"],
     ],

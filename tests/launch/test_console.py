@@ -6,9 +6,10 @@ import dataclasses
 import io
 
 import pytest
+from rich.console import Console
+
 from longseq.launch.console import ConsoleSink, format_duration, format_rate, format_record, format_step
 from longseq.launch.metric_records import Evaluation, Note, Reference, StepMetrics
-from rich.console import Console
 
 METRICS = StepMetrics(
     step=12,

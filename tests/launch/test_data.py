@@ -6,6 +6,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
+
 from longseq.launch.config import DataConfig
 from longseq.launch.data import (
     Batch,

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+
 from longseq.launch.flops import ModelShape, linear_weights, model_flops, peak_tflops
 
 SHAPE = ModelShape(

@@ -1,4 +1,5 @@
 import pytest
+
 from longseq.launch.human_numbers import parse_count, parse_tokens, refuse_bool
 
 

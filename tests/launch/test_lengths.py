@@ -3,6 +3,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+
 from longseq.launch.lengths import describe_lengths, plot_lengths
 
 

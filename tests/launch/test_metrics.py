@@ -11,6 +11,7 @@ import sys
 import types
 
 import pytest
+
 from longseq.launch.config import LogConfig
 from longseq.launch.metrics import EtaEstimate, MetricsWriter, StepMetrics, peak_memory_gib, read_metrics
 

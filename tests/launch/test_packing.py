@@ -4,6 +4,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
+
 from longseq.launch.packing import Packing, pack_documents
 
 

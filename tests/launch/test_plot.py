@@ -8,10 +8,11 @@ import os
 
 import numpy as np
 import pytest
-from longseq.launch.metric_records import Evaluation, Reference, StepMetrics, to_json
-from longseq.launch.plot import plot_runs, smooth
 from matplotlib.figure import Figure
 from matplotlib.image import imread
+
+from longseq.launch.metric_records import Evaluation, Reference, StepMetrics, to_json
+from longseq.launch.plot import plot_runs, smooth
 
 METRICS = StepMetrics(1, 60, 2.5, 1e-3, 1.25, 64, 0.5, 128.0, None, None, 0.75, 0.01, 64, 49.5)
 

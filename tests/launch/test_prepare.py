@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tokenizer_samples import merging_tokenizer
+
 from longseq.launch import prepare as module
 from longseq.launch import token_store, tokenise
 from longseq.launch.config import DataConfig
@@ -16,7 +18,6 @@ from longseq.launch.prepare import PreparedData, prepare
 from longseq.launch.token_store import TokenStore
 from longseq.launch.tokenise import plan_tasks
 from longseq.launch.tokenizer import byte_tokenizer
-from tokenizer_samples import merging_tokenizer
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@ import re
 import shlex
 
 import pytest
+
 from longseq.launch.config_file import (
     ConfigError,
     check_world,

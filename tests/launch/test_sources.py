@@ -10,6 +10,7 @@ from typing import Any
 import datasets
 import numpy as np
 import pytest
+
 from longseq.launch import rows as rows_module
 from longseq.launch.rows import Document, Problem
 from longseq.launch.sources import find_sources, open_source

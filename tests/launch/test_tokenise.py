@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from longseq.launch import tokenise as module
 from longseq.launch.rows import TextFiles
 from longseq.launch.tokenise import plan_tasks, tokenise

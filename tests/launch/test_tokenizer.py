@@ -3,6 +3,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from tokenizer_samples import CHATML, THINKING, merging_tokenizer
+
 from longseq.launch.tokenizer import (
     byte_tokenizer,
     load_tokenizer,
@@ -10,7 +12,6 @@ from longseq.launch.tokenizer import (
     tokenizer_fingerprint,
     vocabulary_size,
 )
-from tokenizer_samples import CHATML, THINKING, merging_tokenizer
 
 
 @pytest.mark.parametrize(

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from longseq.mst import apply_mini_sequence
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
+
+from longseq.mst import apply_mini_sequence
 
 VOCAB = 131
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from longseq.mst import mini_sequence
 from numerics import assert_as_accurate_as
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
+
+from longseq.mst import mini_sequence
 
 D, FF = 13, 29
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+
 from longseq.mst.tiling import MAX_TILE_TOKENS, MIN_TILE_TOKENS, choose_tile_tokens
 
 

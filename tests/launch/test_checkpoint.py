@@ -1,0 +1,260 @@
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_run import (
+    Killed,
+    Workshop,
+    assert_equal_runs,
+    at_step,
+    checkpoint_names,
+    environment,
+    kill,
+    losses,
+    records,
+    train_here,
+)
+
+from longseq.distributed.engine import LocalEngine
+from longseq.launch import train as train_module
+from longseq.launch.checkpoint import RunState, newest_checkpoint, read_state
+from longseq.launch.data import Batch
+
+LONG = ("train.steps=9", "train.eval_every=2", "schedule.name=cosine", "schedule.warmup_steps=2")
+
+
+@pytest.fixture(scope="module")
+def shop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
+    return Workshop(tmp_path_factory.mktemp("runs"))
+
+
+@pytest.fixture(scope="module")
+def whole(shop: Workshop) -> Path:
+    """A run that nothing happened to. Its second epoch begins in step 6."""
+    run = shop.run("whole", *LONG)
+    assert records(run, "step")[4]["epoch"] <= 1 < records(run, "step")[5]["epoch"]
+    return run
+
+
+@pytest.fixture(scope="module")
+def pretrained(shop: Workshop) -> Path:
+    return shop.run("pretrained", "checkpoint.export_at_end=true") / "model"
+
+
+def killed_and_resumed(shop: Workshop, name: str, step: int, *overrides: str) -> Path:
+    config = shop.config(name, *overrides)
+    with at_step(step, kill), pytest.raises(Killed):
+        train_here(config)
+    saved = newest_checkpoint(shop.folder / name)
+    assert read_state(saved).step < step
+    train_here(config)
+    return shop.folder / name
+
+
+@pytest.mark.parametrize("step", [4, 5, 8])
+def test_a_killed_run_ends_as_one_that_was_not(shop: Workshop, whole: Path, step: int) -> None:
+    """Bit for bit; killed at 4, 5 and 8 it goes on from 3, 3 and 6, so once across the end of an epoch."""
+    run = killed_and_resumed(shop, f"killed{step}", step, "checkpoint.every=3", *LONG)
+    assert_equal_runs(run, whole)
+    assert [record["step"] for record in records(run, "eval")] == [2, 4, 6, 8, 9]
+    assert len(records(run, "reference")) == 1
+
+
+def test_a_resumed_run_takes_the_sequences_that_come_next(
+    shop: Workshop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken: list[tuple[int, ...]] = []
+    micro_batches = train_module.micro_batches
+
+    def noted(*args: Any, **options: Any) -> Iterator[Batch]:
+        for batch in micro_batches(*args, **options):
+            taken.append(tuple(batch["input_ids"].flatten().tolist()))
+            yield batch
+
+    monkeypatch.setattr(train_module, "micro_batches", noted)
+    shop.run("first_half", "train.steps=2")
+    shop.run("first_half", "train.steps=5")
+    assert len(taken) == 10
+    shop.run("epoch_probe", "train.steps=5")
+    assert taken[10:] == taken[:10]
+    assert len(set(taken)) == 10  # five steps of two sequences: no more than an epoch has
+
+
+def test_a_resumed_run_draws_the_random_numbers_that_come_next(shop: Workshop, pretrained: Path) -> None:
+    lora = (f"model.name={pretrained}", "model.config={}", "model.lora.dropout=0.3", "train.steps=5")
+    straight = shop.run("dropout", *lora)
+    assert losses(straight) != losses(shop.run("no_dropout", *lora, "model.lora.dropout=0"))
+    assert_equal_runs(killed_and_resumed(shop, "dropout_killed", 4, "checkpoint.every=2", *lora), straight)
+
+
+@pytest.mark.slow
+def test_sigkill(shop: Workshop) -> None:
+    """A process of the command line is killed wherever it happens to be. Slow: it starts twice."""
+    settings = ("train.steps=60", "checkpoint.every=5", "train.eval_every=10")
+    straight = shop.run("not_killed", *settings)
+    yaml = shop.yaml("sigkill", *settings)
+    run = shop.folder / "sigkill"
+    command = [sys.executable, "-m", "longseq.launch.cli", "train", str(yaml)]
+    process = subprocess.Popen(
+        command, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    try:
+        deadline = time.monotonic() + 120
+        while not (run / "checkpoints" / "step-00000005").is_dir():
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+    finally:
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+    assert read_state(newest_checkpoint(run)).step < 60
+    assert subprocess.run(command, env=environment(), capture_output=True).returncode == 0
+    assert_equal_runs(run, straight)
+
+
+def test_a_kill_during_a_save_leaves_the_checkpoint_before(
+    shop: Workshop, whole: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = shop.config("torn", "checkpoint.every=2", *LONG)
+    save = LocalEngine.save
+
+    def torn(self: LocalEngine, folder: Path) -> None:
+        save(self, folder)
+        if "00000004" in str(folder):
+            (folder / "optimizer.pt").write_bytes(b"half")
+            raise Killed
+
+    monkeypatch.setattr(LocalEngine, "save", torn)
+    with pytest.raises(Killed):
+        train_here(config)
+    run = shop.folder / "torn"
+    assert checkpoint_names(run) == [".step-00000004.partial", "step-00000002"]
+    monkeypatch.setattr(LocalEngine, "save", save)
+    train_here(config)
+    assert_equal_runs(run, whole)
+    assert checkpoint_names(run) == ["step-00000008", "step-00000009"]
+
+
+def test_the_newest_are_kept(shop: Workshop) -> None:
+    names = {
+        keep: checkpoint_names(
+            shop.run(
+                f"keep{keep}",
+                "train.steps=6",
+                "checkpoint.every=2",
+                "checkpoint.at_first_step=true",
+                keep_key,
+            )
+        )
+        for keep, keep_key in ((1, "checkpoint.keep=1"), (3, "checkpoint.keep=3"))
+    }
+    assert names == {1: ["step-00000006"], 3: ["step-00000002", "step-00000004", "step-00000006"]}
+
+
+def test_a_finished_run_says_so_and_can_be_made_longer(
+    shop: Workshop, caplog: pytest.LogCaptureFixture
+) -> None:
+    constant = ("train.eval_every=2", "checkpoint.export_at_end=true")
+    run = shop.run("finished", *constant)
+    (run / "loss.png").unlink()
+    before = losses(run)
+    with caplog.at_level(logging.INFO, logger="longseq"):
+        assert train_here(shop.config("finished", *constant)).step == 4
+    assert any("has trained all its 4 steps" in record.getMessage() for record in caplog.records)
+    assert losses(run) == before
+    # It might have died after its last checkpoint: what comes after that is made up for.
+    assert (run / "loss.png").is_file()
+    longer = shop.run("finished", "train.steps=6", *constant)
+    assert losses(longer) == losses(shop.run("long_at_once", "train.steps=6", *constant))
+    assert losses(longer)[:4] == before
+
+
+def test_never_refuses_what_is_there(shop: Workshop, whole: Path) -> None:
+    with pytest.raises(ValueError, match=r"resume=never but .*step-00000009.*log\.run_dir"):
+        shop.run("whole", "checkpoint.resume=never", *LONG)
+    shop.run("fresh", "checkpoint.resume=never", "train.steps=1")
+
+
+def test_a_run_branches_off_from_a_checkpoints_folder(shop: Workshop, whole: Path) -> None:
+    first = shop.run("first", "checkpoint.every=3", "checkpoint.keep=9", *LONG)
+    branch = shop.run("branch", f"checkpoint.resume={first}/checkpoints/step-00000006", *LONG)
+    assert [record["step"] for record in records(branch, "step")] == [7, 8, 9]
+    assert [record["loss"] for record in records(branch, "step")] == losses(whole)[6:]
+
+
+def test_an_old_checkpoint_is_not_mixed_with_newer_ones(shop: Workshop) -> None:
+    """The newer ones of the first walk would be kept, and resumed from, in place of the new walk's."""
+    run = shop.run("mixed", "checkpoint.every=1", "checkpoint.keep=9")
+    old = run / "checkpoints" / "step-00000002"
+    with pytest.raises(ValueError, match=r"gone on to .*step-00000004.*resume=auto.*log\.run_dir"):
+        shop.run("mixed", f"checkpoint.resume={old}", "train.steps=8")
+    newest = run / "checkpoints" / "step-00000004"
+    assert len(losses(shop.run("mixed", f"checkpoint.resume={newest}", "train.steps=5"))) == 5
+
+
+def test_another_walk_is_refused_with_both_values(shop: Workshop, whole: Path) -> None:
+    with pytest.raises(ValueError, match=r"train\.seed=7 but the checkpoint has 0") as refused:
+        shop.run("whole", *LONG, "train.seed=7", "sequence.length=64", "optimizer.lr=1")
+    assert "sequence.length=64 but the checkpoint has 128" in str(refused.value)
+    assert "optimizer" not in str(refused.value)  # another learning rate is a person's right
+    others = {
+        "data.source": str(shop.folder / "held_out.jsonl"),
+        "data.pack": "false",
+        "train.global_batch_sequences": "4",
+        "train.precision": "bf16",
+        "model.config.hidden_size": "64",
+        "parallel.zero_stage": "1",
+    }
+    for key, value in others.items():
+        shown_key = "model.config" if key.startswith("model.config") else key
+        with pytest.raises(ValueError, match=shown_key):
+            shop.run("whole", *LONG, f"{key}={value}")
+
+
+def test_what_is_no_checkpoint_is_refused(shop: Workshop, whole: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"is no checkpoint \(it has no state\.json\)"):
+        shop.run("nowhere", f"checkpoint.resume={tmp_path}")
+    (tmp_path / "state.json").write_text(json.dumps({"step": 3, "words": 1}))
+    with pytest.raises(ValueError, match=r"state\.json cannot be read: .*words"):
+        read_state(tmp_path)
+    (tmp_path / "state.json").write_text("{")
+    with pytest.raises(ValueError, match=r"state\.json cannot be read"):
+        read_state(tmp_path)
+
+
+def test_a_rank_without_random_state_says_so(
+    shop: Workshop, whole: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    first = shop.run("no_rng", "train.steps=2")
+    [file] = (first / "checkpoints" / "step-00000002" / "rng").iterdir()
+    file.unlink()
+    shop.run("no_rng", "train.steps=3")
+    assert any("no random state for rank 0" in record.getMessage() for record in caplog.records)
+
+
+def test_newest_of_a_run_or_the_checkpoint_itself(shop: Workshop, whole: Path) -> None:
+    newest = whole / "checkpoints" / "step-00000009"
+    assert newest_checkpoint(whole) == newest
+    assert newest_checkpoint(newest) == newest
+    (whole / "checkpoints" / "step-00000099").mkdir()  # of another making: it has no state
+    assert newest_checkpoint(whole) == newest
+    state = read_state(newest)
+    assert (state.step, state.sequences_seen, state.world_size) == (9, 18, 1)
+    assert state.after_step(3, 5) == RunState(10, 21, state.tokens_seen + 5)
+
+
+def test_nothing_in_a_checkpoint_can_carry_code(whole: Path) -> None:
+    newest = newest_checkpoint(whole)
+    for file in [newest / "engine" / "optimizer.pt", *(newest / "rng").iterdir()]:
+        torch.load(file, weights_only=True)

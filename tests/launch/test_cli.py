@@ -1,0 +1,142 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+from safetensors.torch import load_file
+from tiny_run import Workshop, held_out_loss, losses, records
+
+from longseq import __version__
+from longseq.launch.cli import main
+
+
+@pytest.fixture(scope="module")
+def shop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
+    return Workshop(tmp_path_factory.mktemp("runs"))
+
+
+@pytest.fixture(scope="module")
+def run(shop: Workshop) -> Path:
+    return shop.run("run", "checkpoint.every=2", "checkpoint.keep=9")
+
+
+@pytest.fixture(autouse=True)
+def _alone_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+
+
+def said(capsys: pytest.CaptureFixture[str], *words: str, status: int = 0) -> str:
+    """What a command printed, its errors if it is to fail."""
+    assert main(words) == status
+    out, err = capsys.readouterr()
+    assert "Traceback" not in err
+    return err if status else out
+
+
+def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:
+    for words, expected in ((["--version"], f"longseq {__version__}\n"), (["--help"], "usage: longseq")):
+        with pytest.raises(SystemExit) as ended:
+            main(words)
+        assert ended.value.code == 0
+        assert capsys.readouterr().out.startswith(expected)
+
+
+def test_presets_are_listed_and_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    names = [line.split()[0] for line in said(capsys, "config", "list").splitlines()]
+    assert "tiny-cpu" in names
+    for name in names:
+        assert "train" in yaml.safe_load(said(capsys, "config", "show", name))
+    wrong = said(capsys, "config", "show", "tiny-cpux", status=2)
+    assert "did you mean tiny-cpu?" in wrong
+
+
+def test_the_schema_is_json(capsys: pytest.CaptureFixture[str]) -> None:
+    schema = json.loads(said(capsys, "config", "schema"))
+    assert {"model", "data", "train"} <= set(schema["properties"])
+
+
+def test_errors_are_told_in_lines_that_begin_with_the_command(
+    shop: Workshop, run: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    good = str(shop.yaml("errors"))
+    cases = {
+        ("train", "nowhere.yaml"): "nowhere.yaml does not exist",
+        ("train", good, "train.stepz=3"): "train.stepz=3 is an unknown key; did you mean train.steps",
+        ("train", good, "--num-gpus", "3"): "train.global_batch_sequences=2",
+        ("train", good, f"data.source={tmp_path}/no.jsonl"): "there is no such file",
+        ("train", good, "model.config.model_type=lama"): "did you mean llama?",
+        ("train", good, "model.config.vocab_size=99"): "the tokenizer has 259 tokens and the model embeds 99",
+        ("prepare", good, f"data.source={tmp_path}/no.jsonl"): "there is no such file",
+        ("export", str(tmp_path), str(tmp_path / "out")): "is no checkpoint",
+        ("export", str(run), good): "is no exported model",
+        ("plot", str(tmp_path / "nothing")): "no such file",
+    }
+    for words, message in cases.items():
+        error = said(capsys, *words, status=2)
+        told = [line for line in error.splitlines() if line.startswith(f"longseq {words[0]}: ")]
+        assert len(told) == 1, error
+        assert message in error
+
+
+def test_a_traceback_can_be_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(ValueError, match="nowhere"):
+        main(["--traceback", "train", "nowhere.yaml"])
+
+
+def test_train_prepare_plot_and_export(
+    shop: Workshop, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """The way of a new user, each command by itself."""
+    config = str(shop.yaml("by_hand"))
+    assert main(["prepare", config]) == 0
+    assert "documents" in capsys.readouterr().err
+    printed = said(capsys, "train", config, "train.steps=3", "checkpoint.every=1")
+    folder = shop.folder / "by_hand"
+    assert printed.count("step 3/3") == 1
+    assert len(losses(folder)) == 3
+    image = tmp_path / "curve.png"
+    assert said(capsys, "plot", str(folder), "--out", str(image)).strip() == str(image)
+    assert image.read_bytes().startswith(b"\x89PNG")
+    out = tmp_path / "model"
+    assert said(capsys, "export", str(folder), str(out)).strip() == str(out)
+    loss, _ = held_out_loss(out, shop.folder / "held_out.jsonl")
+    assert loss == pytest.approx(records(folder, "eval")[-1]["eval_loss"], rel=1e-6)
+
+
+def test_export_takes_the_newest_or_the_one_that_is_named(
+    run: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    said(capsys, "export", str(run), str(tmp_path / "newest"))
+    said(capsys, "export", str(run / "checkpoints" / "step-00000002"), str(tmp_path / "second"))
+    for out, step in (("newest", 4), ("second", 2)):
+        ours = load_file(tmp_path / out / "model.safetensors")["model.norm.weight"]
+        saved = run / "checkpoints" / f"step-0000000{step}" / "engine" / "model.safetensors"
+        assert (ours == load_file(saved)["model.norm.weight"]).all()
+    assert "--overwrite" in said(capsys, "export", str(run), str(tmp_path / "newest"), status=2)
+    said(capsys, "export", str(run), str(tmp_path / "newest"), "--overwrite", "--dtype", "bfloat16")
+
+
+def test_a_run_that_stops_itself_ends_with_1(shop: Workshop, capsys: pytest.CaptureFixture[str]) -> None:
+    config = str(shop.yaml("wild"))
+    assert main(["train", config, "optimizer.lr=1e30", "optimizer.clip_norm=null"]) == 1
+    out, err = capsys.readouterr()
+    [error] = [line for line in out.splitlines() if line.startswith("ERROR")]
+    assert "step 2: " in error
+    assert "no checkpoint yet" in error
+    assert "Traceback" not in out + err
+
+
+def test_an_interrupted_run_ends_with_130(
+    shop: Workshop, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(config: object) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("longseq.launch.worker.run_worker", interrupted)
+    assert "interrupted" in said(capsys, "train", str(shop.yaml("interrupted")), status=130)

@@ -1,0 +1,221 @@
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny_run import Workshop, assert_same_run, environment, losses, records
+
+from longseq.launch import launcher
+from longseq.launch.checkpoint import newest_checkpoint, read_state
+from longseq.launch.config import RunConfig
+from longseq.launch.config_file import parse_config
+from longseq.launch.launcher import launch, num_processes
+
+CLI = [sys.executable, "-m", "longseq.launch.cli"]
+
+
+@pytest.fixture(scope="module")
+def shop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
+    return Workshop(tmp_path_factory.mktemp("runs"))
+
+
+def spread(batch: int = 8, micro: int = 1, **parallel: Any) -> RunConfig:
+    return parse_config(
+        {
+            "model": {"name": "some/model"},
+            "parallel": parallel,
+            "train": {"global_batch_sequences": batch, "micro_batch_sequences": micro},
+        }
+    )
+
+
+@pytest.mark.parametrize(
+    ("gpus", "config", "expected"),
+    [
+        (0, spread(), 1),
+        (0, spread(ulysses_degree=4), 4),
+        (8, spread(), 8),
+        (8, spread(batch=6), 6),
+        (8, spread(batch=1), 1),
+        (8, spread(batch=1, ulysses_degree=8), 8),
+        (8, spread(batch=6, micro=3), 2),
+        (7, spread(ulysses_degree=2, batch=3), 6),
+        (8, spread(num_gpus=2), 2),
+        (0, spread(num_gpus=3, batch=3), 3),
+    ],
+)
+def test_as_many_processes_as_gpus_and_batch_allow(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    gpus: int,
+    config: RunConfig,
+    expected: int,
+) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
+    assert num_processes(config) == expected
+    told = "stay idle" in capsys.readouterr().err
+    assert told == (config.parallel.num_gpus == "auto" and 0 < expected < gpus)
+
+
+class Recorder:
+    """Stands for the launcher's process."""
+
+    command: list[str]
+    environment: dict[str, str]
+
+    def __init__(self, command: list[str], env: dict[str, str], **options: Any) -> None:
+        Recorder.command, Recorder.environment = command, env
+
+    status = 0
+
+    def wait(self) -> int:
+        return self.status
+
+
+@pytest.fixture
+def recorded(monkeypatch: pytest.MonkeyPatch) -> type[Recorder]:
+    monkeypatch.setattr(launcher.subprocess, "Popen", Recorder)
+    monkeypatch.setattr(launcher, "_has_gpu", lambda: True)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    return Recorder
+
+
+def test_the_launchers_command(recorded: type[Recorder], monkeypatch: pytest.MonkeyPatch) -> None:
+    assert launch("a.yaml", ["x.y=1"], num_gpus=2, launcher_args=["--bind_cores_to_rank"]) == 0
+    words = recorded.command
+    assert words[-5:] == ["--module", "longseq.launch.cli", "train", "a.yaml", "x.y=1"]
+    assert words[words.index("--num_gpus") + 1] == "2"
+    assert "--bind_cores_to_rank" in words
+    assert "--master_port" in words
+
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5,7")
+    launch("a.yaml", [], num_gpus=2, launcher_args=["--master_port", "1234"])
+    words = recorded.command
+    assert words[words.index("--include") + 1] == "localhost:3,5"
+    assert words.count("--master_port") == 1
+    with pytest.raises(ValueError, match=r"num_gpus=4 but CUDA_VISIBLE_DEVICES=3,5,7 leaves 3"):
+        launch("a.yaml", [], num_gpus=4)
+
+    launch("a.yaml", [], num_gpus=16, hostfile="hosts")
+    words = recorded.command
+    assert words[words.index("--hostfile") + 1] == "hosts"
+    assert "--num_gpus" not in words
+
+
+def test_a_worker_that_was_killed_is_told_of(
+    recorded: type[Recorder], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for status, told in ((0, ""), (1, ""), (2, ""), (247, "SIGKILL; the machine may have run out of memory")):
+        monkeypatch.setattr(Recorder, "status", status)
+        assert launch("a.yaml", [], num_gpus=2) == status
+        error = capsys.readouterr().err
+        assert told in error
+        assert bool(error) == bool(told)
+
+
+def test_signals_are_given_back(recorded: type[Recorder]) -> None:
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)]
+    launch("a.yaml", [], num_gpus=2)
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)] == before
+
+
+def assert_no_noise(*texts: str) -> None:
+    for noise in ("Traceback", "Warning", "[WARNING]", "[INFO]", "[ERROR]", "it/s"):
+        for text in texts:
+            assert noise not in text, text
+
+
+# The tests below are slow: each starts two processes that import torch and DeepSpeed.
+
+
+@pytest.mark.slow
+def test_ulysses_on_the_command_line_is_the_run_of_one_process(shop: Workshop) -> None:
+    """Two processes with half of every sequence each: losses to 5e-7, weights to 1e-6 after steps of 1e-2."""
+    yaml = shop.yaml("ulysses", "parallel.ulysses_degree=2", "train.eval_every=2")
+    done = subprocess.run([*CLI, "train", str(yaml)], env=environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    alone = shop.run("alone", "train.eval_every=2")
+    assert_same_run(shop.folder / "ulysses", alone, relative=5e-7, absolute=1e-6)
+    assert read_state(newest_checkpoint(shop.folder / "ulysses")).world_size == 2
+    assert done.stdout.count("step 4/4") == 1
+    assert_no_noise(done.stdout, done.stderr)
+
+
+def signalled(yaml: Path, run: Path, number: int) -> tuple[int, str]:
+    """Exit status and output of a command whose process group gets a signal once two steps are done."""
+    process = subprocess.Popen(
+        [*CLI, "train", str(yaml)],
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        deadline = time.monotonic() + 120
+        while not (run / "metrics.jsonl").is_file() or len(losses(run)) < 2:
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        os.killpg(process.pid, number)
+        printed, _ = process.communicate(timeout=120)
+    finally:
+        process.terminate()
+    return process.returncode, printed
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_to_the_command_saves_and_stops_all(shop: Workshop, number: int) -> None:
+    name = signal.Signals(number).name
+    long = ("train.steps=100000", "parallel.num_gpus=2")
+    run = shop.folder / name
+    status, printed = signalled(shop.yaml(name, *long), run, number)
+    assert status == 0, printed
+    assert_no_noise(printed)
+    assert f"stopped by {name}" in records(run, "note")[0]["text"]
+    stopped = read_state(newest_checkpoint(run)).step
+    assert stopped == len(losses(run)) >= 2
+    # One process goes on where two have stopped: without ZeRO a checkpoint does not know of either.
+    longer = f"train.steps={stopped + 2}"
+    resumed = shop.run(name, longer)
+    assert_same_run(resumed, shop.run(f"{name}-whole", longer), relative=1e-5, absolute=1e-4)
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_all_at_once(shop: Workshop) -> None:
+    yaml = shop.yaml("ctrl_c", "train.steps=100000", "parallel.num_gpus=2")
+    status, printed = signalled(yaml, shop.folder / "ctrl_c", signal.SIGINT)
+    assert status == 130
+    assert printed.count("longseq train: interrupted") == 1
+    assert_no_noise(printed)
+
+
+@pytest.mark.slow
+def test_torchrun_joins(shop: Workshop) -> None:
+    yaml = shop.yaml("torchrun", "parallel.zero_stage=1")
+    words = ["--nproc_per_node", "2", "--standalone", "-m", "longseq.launch.cli", "train", str(yaml)]
+    command = [sys.executable, "-m", "torch.distributed.run", *words]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert_same_run(shop.folder / "torchrun", shop.run("one"), relative=5e-7, absolute=1e-6)
+    assert_no_noise(done.stdout, done.stderr)
+
+
+@pytest.mark.slow
+def test_what_is_wrong_is_said_once(shop: Workshop, tmp_path: Path) -> None:
+    """The first process alone reads the data; the others only learn that it has gone."""
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"words": 3}\n')
+    yaml = shop.yaml("bad", "parallel.num_gpus=2", f"data.source={bad}")
+    done = subprocess.run([*CLI, "train", str(yaml)], env=environment(), capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.count("longseq train: ") == 1
+    assert "bad.jsonl" in done.stderr
+    assert_no_noise(done.stdout, done.stderr)
