@@ -22,7 +22,7 @@ from tiny_run import (
 )
 
 from longseq.distributed.engine import LocalEngine
-from longseq.launch import setup as setup_module
+from longseq.launch import setup as run_setup
 from longseq.launch.config_file import load_config
 from longseq.launch.train import TrainingError
 
@@ -151,10 +151,8 @@ def test_a_gradient_that_is_not_finite_touches_no_weight(
     shop: Workshop, monkeypatch: pytest.MonkeyPatch, accumulation: int
 ) -> None:
     engines: list[LocalEngine] = []
-    build = setup_module.build_engine
-    monkeypatch.setattr(
-        setup_module, "build_engine", lambda *args: engines.append(build(*args)) or engines[-1]
-    )
+    build = run_setup.build_engine
+    monkeypatch.setattr(run_setup, "build_engine", lambda *args: engines.append(build(*args)) or engines[-1])
     calls = 0
     backward = LocalEngine.backward
 
@@ -178,10 +176,8 @@ def test_a_gradient_that_is_not_finite_touches_no_weight(
 
 def test_a_poisoned_weight_is_not_saved(shop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
     engines: list[LocalEngine] = []
-    build = setup_module.build_engine
-    monkeypatch.setattr(
-        setup_module, "build_engine", lambda *args: engines.append(build(*args)) or engines[-1]
-    )
+    build = run_setup.build_engine
+    monkeypatch.setattr(run_setup, "build_engine", lambda *args: engines.append(build(*args)) or engines[-1])
 
     def poison() -> None:
         with torch.no_grad():
