@@ -18,7 +18,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     if "--" in words:
         cut = words.index("--")
         words, launcher_args = words[:cut], words[cut + 1 :]
-    args = _parser().parse_args(words)
+    parser = _parser()
+    args, rest = parser.parse_known_args(words)
+    # argparse takes no positional words behind an option; people write key=value wherever they like.
+    if any(word.startswith("-") or "=" not in word for word in rest) or not hasattr(args, "overrides"):
+        parser.parse_args(words)
+    elif rest:
+        args.overrides = [*args.overrides, *rest]
     args.launcher_args = launcher_args
     try:
         return args.run(args) or 0

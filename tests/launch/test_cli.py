@@ -47,6 +47,16 @@ def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:
         assert capsys.readouterr().out.startswith(expected)
 
 
+def test_options_and_overrides_come_in_any_order(capsys: pytest.CaptureFixture[str]) -> None:
+    # Each of the three is heard: all of their errors come.
+    words = ("train", "tiny-cpu", "optimizer.lr=fast", "--num-gpus", "3", "train.steps=none")
+    error = said(capsys, *words, "parallel.ulysses_degree=2", status=2)
+    assert all(key in error for key in ("optimizer.lr", "train.steps", "parallel.num_gpus=3"))
+    for wrong in (("--steps", "3"), ("steps",)):
+        with pytest.raises(SystemExit):
+            main(["train", "tiny-cpu", "--num-gpus", "1", *wrong])
+
+
 def test_presets_are_listed_and_shown(capsys: pytest.CaptureFixture[str]) -> None:
     names = [line.split()[0] for line in said(capsys, "config", "list").splitlines()]
     assert "tiny-cpu" in names
