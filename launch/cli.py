@@ -113,7 +113,7 @@ def _train(args: argparse.Namespace) -> int:
 
 def _prepare(args: argparse.Namespace) -> None:
     from .config_file import load_config
-    from .prepare import prepare
+    from .data.prepare import prepare
 
     config = load_config(args.config, args.overrides)
     prepare(config.data, config.data.tokenizer or config.model.name or "bytes", progress=True)

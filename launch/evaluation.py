@@ -12,7 +12,7 @@ from ..distributed.engine import Engine
 from ..distributed.groups import ProcessGroups
 from ..distributed.sequence import IGNORE_INDEX, shard_batch
 from .config import TrainConfig
-from .data import SequenceDataset, evaluation_batches
+from .data.dataset import SequenceDataset, evaluation_batches
 
 
 def summed_nll(engine: Engine, batch: dict[str, Tensor], device: torch.device) -> Tensor:

@@ -14,7 +14,7 @@ from ..distributed.groups import ProcessGroups
 from ..distributed.ulysses import apply_ulysses
 from ..mst.apply import apply_mini_sequence
 from .config import ModelConfig, RunConfig
-from .tokenizer import vocabulary_size
+from .data.tokenizer import vocabulary_size
 
 logger = logging.getLogger(__name__)
 

@@ -13,12 +13,12 @@ from ..distributed.engine import Engine, LocalEngine
 from ..distributed.groups import ProcessGroups
 from .config import RunConfig
 from .config_file import ParallelPlan
-from .data import SequenceDataset
+from .data.dataset import SequenceDataset
+from .data.prepare import prepare
+from .data.token_store import TokenStore
+from .data.tokenizer import load_tokenizer, padding_id
 from .model import build_model, check_vocabulary
 from .optimizer import build_optimizer
-from .prepare import prepare
-from .token_store import TokenStore
-from .tokenizer import load_tokenizer, padding_id
 
 logger = logging.getLogger(__name__)
 

@@ -18,7 +18,8 @@ from ..distributed.sequence import shard_batch
 from .checkpoint import Checkpoints, RunState
 from .config import RunConfig
 from .config_file import check_world, dump_config
-from .data import Batch, micro_batches
+from .data.dataset import Batch, micro_batches
+from .data.tokenizer import vocabulary_size
 from .evaluation import Evaluator, summed_nll
 from .export import export_checkpoint
 from .flops import ModelShape, model_flops, peak_tflops
@@ -28,7 +29,6 @@ from .processes import StopRequest
 from .resume import check_same_walk, choose_checkpoint
 from .schedule import learning_rate
 from .setup import RunParts, set_up
-from .tokenizer import vocabulary_size
 
 logger = logging.getLogger(__name__)
 

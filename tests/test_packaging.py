@@ -34,7 +34,7 @@ def test_the_wheel_works_from_anywhere(built: tuple[Path, Path], tmp_path: Path)
     assert {top for top in tops if not top.endswith(".dist-info")} == {"longseq"}
     presets = {path.name for path in (ROOT / "configs").glob("*.yaml")}
     assert {f"longseq/configs/{name}" for name in presets} <= set(names)
-    modules = {f"longseq/{path.relative_to(ROOT)}" for path in ROOT.glob("*/*.py") if _is_library(path)}
+    modules = {f"longseq/{path.relative_to(ROOT)}" for path in ROOT.rglob("*.py") if _is_library(path)}
     assert modules <= set(names)
     code = "import longseq, longseq.launch.cli as cli; print(longseq.__file__); cli.main(['config', 'list'])"
     environment = {**os.environ, "PYTHONPATH": str(tmp_path / "site")}
@@ -69,4 +69,4 @@ def test_the_sdist_holds_what_is_needed_to_work_on_it(built: tuple[Path, Path]) 
 
 
 def _is_library(path: Path) -> bool:
-    return path.parent.name in ("mst", "cce", "distributed", "launch", "configs")
+    return path.relative_to(ROOT).parts[0] in ("mst", "cce", "distributed", "launch", "configs")

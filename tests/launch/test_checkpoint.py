@@ -29,7 +29,7 @@ from tiny_run import (
 from longseq.distributed.engine import LocalEngine
 from longseq.launch import train as train_module
 from longseq.launch.checkpoint import RunState, newest_checkpoint, read_state
-from longseq.launch.data import Batch
+from longseq.launch.data.dataset import Batch
 
 LONG = ("train.steps=9", "train.eval_every=2", "schedule.name=cosine", "schedule.warmup_steps=2")
 

@@ -10,8 +10,8 @@ import torch
 from longseq.distributed.groups import ProcessGroups
 from longseq.launch.config import ModelConfig, RunConfig
 from longseq.launch.config_file import parse_config
+from longseq.launch.data.tokenizer import byte_tokenizer
 from longseq.launch.model import add_adapters, build_base_model, build_model, check_vocabulary, hf_config
-from longseq.launch.tokenizer import byte_tokenizer
 
 CPU = torch.device("cpu")
 SHAPE = {

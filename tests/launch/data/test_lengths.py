@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-from longseq.launch.lengths import describe_lengths, plot_lengths
+from longseq.launch.data.lengths import describe_lengths, plot_lengths
 
 
 def test_the_table_counts_each_document_between_powers_of_two() -> None:

@@ -11,9 +11,9 @@ import datasets
 import numpy as np
 import pytest
 
-from longseq.launch import rows as rows_module
-from longseq.launch.rows import Document, Problem
-from longseq.launch.sources import find_sources, open_source
+from longseq.launch.data import rows as rows_module
+from longseq.launch.data.rows import Document, Problem
+from longseq.launch.data.sources import find_sources, open_source
 
 Found = Document | Problem
 

@@ -5,10 +5,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from longseq.launch import tokenise as module
-from longseq.launch.rows import TextFiles
-from longseq.launch.tokenise import plan_tasks, tokenise
-from longseq.launch.tokenizer import byte_tokenizer
+from longseq.launch.data import tokenise as module
+from longseq.launch.data.rows import TextFiles
+from longseq.launch.data.tokenise import plan_tasks, tokenise
+from longseq.launch.data.tokenizer import byte_tokenizer
 
 
 @pytest.fixture

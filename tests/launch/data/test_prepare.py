@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 from tokenizer_samples import merging_tokenizer
 
-from longseq.launch import prepare as module
-from longseq.launch import token_store, tokenise
 from longseq.launch.config import DataConfig
-from longseq.launch.prepare import PreparedData, prepare
-from longseq.launch.token_store import TokenStore
-from longseq.launch.tokenise import plan_tasks
-from longseq.launch.tokenizer import byte_tokenizer
+from longseq.launch.data import prepare as module
+from longseq.launch.data import token_store, tokenise
+from longseq.launch.data.prepare import PreparedData, prepare
+from longseq.launch.data.token_store import TokenStore
+from longseq.launch.data.tokenise import plan_tasks
+from longseq.launch.data.tokenizer import byte_tokenizer
 
 
 @pytest.fixture
@@ -226,7 +226,7 @@ def test_a_cache_that_cannot_be_written_is_named(data: DataConfig, tmp_path: Pat
 def test_processes_that_start_at_once_agree(data: DataConfig) -> None:
     script = f"""
 from longseq.launch.config import DataConfig
-from longseq.launch.prepare import prepare
+from longseq.launch.data.prepare import prepare
 prepared = prepare(DataConfig.model_validate_json({data.model_dump_json()!r}), "bytes")
 print(prepared.report.reused, prepared.train.lengths.tolist())
 """

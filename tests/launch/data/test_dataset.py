@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from longseq.launch.config import DataConfig
-from longseq.launch.data import (
+from longseq.launch.data.dataset import (
     Batch,
     SequenceDataset,
     evaluation_batches,
@@ -16,8 +16,8 @@ from longseq.launch.data import (
     micro_batches,
     sequence_order,
 )
-from longseq.launch.prepare import prepare
-from longseq.launch.token_store import TokenStore
+from longseq.launch.data.prepare import prepare
+from longseq.launch.data.token_store import TokenStore
 
 LENGTHS = [1, 2, 3, 5, 8, 13, 16, 17, 40, 1, 7, 33]
 LENGTH = 16

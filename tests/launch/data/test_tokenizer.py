@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from tokenizer_samples import CHATML, THINKING, merging_tokenizer
 
-from longseq.launch.tokenizer import (
+from longseq.launch.data.tokenizer import (
     byte_tokenizer,
     load_tokenizer,
     padding_id,

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ..config import DataConfig
 from .cache import build_once, cache_root
-from .config import DataConfig
 from .encode import Encoder
 from .holdout import held_out
 from .lengths import describe_lengths, plot_lengths

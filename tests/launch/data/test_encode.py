@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from tokenizer_samples import CHATML, MARKED, THINKING, merging_tokenizer
 
-from longseq.launch.encode import Encoded, Encoder
-from longseq.launch.rows import Document, Kind, Problem
-from longseq.launch.tokenizer import byte_tokenizer
+from longseq.launch.data.encode import Encoded, Encoder
+from longseq.launch.data.rows import Document, Kind, Problem
+from longseq.launch.data.tokenizer import byte_tokenizer
 
 
 def encode(tokenizer: Any, kind: Kind, **row: Any) -> Encoded | Problem:

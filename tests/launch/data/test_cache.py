@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from longseq.launch.cache import build_once, cache_root
+from longseq.launch.data.cache import build_once, cache_root
 
 
 def whole(folder: Path) -> bool:
@@ -51,7 +51,7 @@ def test_a_damaged_folder_is_built_anew(tmp_path: Path) -> None:
 def test_what_killed_processes_left_is_removed(tmp_path: Path) -> None:
     killed = f"""
 import os, pathlib, signal
-from longseq.launch.cache import build_once
+from longseq.launch.data.cache import build_once
 def die(folder):
     (folder / "part").write_text("half")
     os.kill(os.getpid(), signal.SIGKILL)

@@ -5,7 +5,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from longseq.launch.packing import Packing, pack_documents
+from longseq.launch.data.packing import Packing, pack_documents
 
 
 def lengths_like(name: str, rng: np.random.Generator) -> tuple[np.ndarray, int]:

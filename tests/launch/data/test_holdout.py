@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from longseq.launch.holdout import held_out
+from longseq.launch.data.holdout import held_out
 
 
 def digests(count: int, seed: int = 0) -> np.ndarray:
