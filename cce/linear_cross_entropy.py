@@ -68,6 +68,8 @@ def linear_cross_entropy(
     options = LossOptions(ignore_index, softcap, logit_scale, label_smoothing, z_loss, reduction)
     hidden, weight, bias = _autocast(hidden, weight, bias)
     _check_shapes(hidden, weight, labels, bias, token_weights)
+    if memory_mib is not None and memory_mib < 1:
+        raise ValueError(f"memory_mib={memory_mib} must be at least 1, or None to let the method choose.")
     method = _choose_method(method, reduction, return_lse, group, filter_eps)
     if token_weights is not None and token_weights.requires_grad:
         raise NotImplementedError("token_weights that require a gradient; pass token_weights.detach().")

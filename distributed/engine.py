@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from torch.optim import Optimizer
 from .groups import ProcessGroups
 
 REDUCE_BUCKET_BYTES = 2**28
+SETTINGS = ("betas", "eps", "weight_decay")
+"""Of an optimizer, what is the config's to say and not the checkpoint's."""
 
 
 class NonFiniteGradientError(RuntimeError):
@@ -140,9 +143,9 @@ class LocalEngine(Engine):
                 f"{folder} is of another model: missing {missing[:3]}, unexpected {list(unexpected)[:3]}."
             )
         device = self._params[0].device
-        self._optimizer.load_state_dict(
-            torch.load(folder / "optimizer.pt", map_location=device, weights_only=True)
-        )
+        state = torch.load(folder / "optimizer.pt", map_location=device, weights_only=True)
+        with kept_settings(self._optimizer):
+            self._optimizer.load_state_dict(state)
 
     def _sum_over_ranks(self) -> None:
         if self._groups.world_size == 1:
@@ -156,6 +159,15 @@ class LocalEngine(Engine):
             dist.all_reduce(flat)
             for grad, part in zip(bucket, flat.split([grad.numel() for grad in bucket]), strict=True):
                 grad.copy_(part.view_as(grad))
+
+
+@contextmanager
+def kept_settings(optimizer: Optimizer) -> Iterator[None]:
+    """What a config says of betas, eps and decay outlives the loading of a state that has its own."""
+    settings = [{name: group[name] for name in SETTINGS if name in group} for group in optimizer.param_groups]
+    yield
+    for group, mine in zip(optimizer.param_groups, settings, strict=True):
+        group.update(mine)
 
 
 def unique_tensors(state: dict[str, Tensor]) -> dict[str, Tensor]:

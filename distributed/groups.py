@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
+
+LONGEST_WAIT = timedelta(days=2)
 
 
 @dataclass(frozen=True)
@@ -76,10 +79,20 @@ class ProcessGroups:
         if self.world_size > 1:
             dist.barrier()
 
-    def agree(self, flag: bool, device: torch.device) -> bool:
-        """Whether any rank says yes."""
-        if self.world_size == 1:
-            return flag
-        votes = torch.tensor([float(flag)], device=device)
-        dist.all_reduce(votes, op=dist.ReduceOp.MAX)
-        return bool(votes.item())
+    def main_first(self, work: Callable[[], None], name: str) -> None:
+        """Let the main rank do something that may take hours while the others wait.
+
+        They wait at the store, not in a collective, which gives up after minutes.
+
+        Args:
+            work: Called on the main rank.
+            name: Of the work; each name is waited for once in a run.
+        """
+        if self.is_main:
+            work()
+        if self.world_size > 1:
+            store = dist.distributed_c10d._get_default_store()
+            if self.is_main:
+                store.set(f"longseq/{name}", "done")
+            else:
+                store.wait([f"longseq/{name}"], LONGEST_WAIT)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from .engine import Engine, NonFiniteGradientError
+from .engine import Engine, NonFiniteGradientError, kept_settings
 from .groups import ProcessGroups
 
 logger = logging.getLogger(__name__)
@@ -82,6 +82,7 @@ class DeepSpeedEngine(Engine):
                 model=module, optimizer=optimizer, config=options.deepspeed_config(groups.world_size)
             )
         self.module = self._engine.module
+        _name_the_stage(self._engine.optimizer)
         self._micro_steps = 0
 
     def __call__(self, **batch: Any) -> Any:
@@ -108,7 +109,7 @@ class DeepSpeedEngine(Engine):
 
     def load(self, folder: Path) -> None:
         self._check_layout(folder)
-        with _quiet_deepspeed(), weights_only_loads():
+        with _quiet_deepspeed(), weights_only_loads(), kept_settings(self._engine.optimizer):
             loaded, _ = self._engine.load_checkpoint(
                 str(folder), tag=TAG, load_module_strict=False, load_lr_scheduler_states=False
             )
@@ -134,6 +135,20 @@ def _gather_whole_modules(model: nn.Module) -> None:
     for module in model.modules():
         if module.__dict__.get("gathers_whole") and any(module.children()):
             set_z3_leaf_module(module, True)
+
+
+def _name_the_stage(optimizer: Any) -> None:
+    """Let the states of ZeRO 1 in bf16 be put together again.
+
+    DeepSpeed keeps these in an optimizer of another class, whose checkpoint is that of ZeRO 1 but does not
+    say so; `zero_to_fp32` then takes it for none.
+    """
+    from deepspeed.checkpoint.constants import ZERO_STAGE
+    from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+
+    if isinstance(optimizer, BF16_Optimizer):
+        plain_state = optimizer.state_dict
+        optimizer.state_dict = lambda: {**plain_state(), ZERO_STAGE: 1}
 
 
 def consolidated_weights(folder: Path) -> dict[str, Tensor]:

@@ -21,6 +21,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 
 from ..distributed.engine import Engine
 from ..distributed.groups import ProcessGroups
@@ -40,6 +41,7 @@ class RunState:
     tokens_seen: int = 0
     world_size: int = 1
     zero_stage: int = 0
+    data_digest: str = ""
 
     def after_step(self, sequences: int, tokens: int) -> RunState:
         """The state one optimizer step later."""
@@ -85,6 +87,7 @@ class Checkpoints:
             write_model_files(draft)
             (draft / STATE_FILE).write_text(json.dumps(asdict(state), indent=2))
             share(draft)
+            _reach_the_disk(draft)
             if final.exists():
                 shutil.rmtree(final)
             os.replace(draft, final)
@@ -99,7 +102,15 @@ class Checkpoints:
             ValueError: The folder is no checkpoint, or one of another layout.
         """
         state = read_state(folder)
-        engine.load(folder / "engine")
+        try:
+            engine.load(folder / "engine")
+        except torch.OutOfMemoryError:
+            raise
+        except (OSError, EOFError, RuntimeError, SafetensorError) as error:
+            raise ValueError(
+                f"{folder} cannot be read ({str(error).splitlines()[0]}); move it away to go on from the one "
+                "before it."
+            ) from error
         rng_file = folder / "rng" / f"rank-{self._groups.rank:05d}.pt"
         if rng_file.exists():
             _restore_rng(torch.load(rng_file, weights_only=True))
@@ -149,6 +160,14 @@ def read_state(folder: Path) -> RunState:
         return RunState(**json.loads(path.read_text()))
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path} cannot be read: {error}.") from error
+
+
+def _reach_the_disk(folder: Path) -> None:
+    """A name that is there before its contents are would, after a power cut, be a checkpoint of nothing."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
 
 
 def share(folder: Path) -> None:

@@ -26,6 +26,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     elif rest:
         args.overrides = [*args.overrides, *rest]
     args.launcher_args = launcher_args
+    if launcher_args and args.command != "train":
+        parser.error(f"{' '.join(launcher_args)}: words behind -- are for the launcher that `train` starts")
     try:
         return args.run(args) or 0
     except (ValueError, NotImplementedError, OSError) as error:
@@ -106,6 +108,11 @@ def _train(args: argparse.Namespace) -> int:
                 hostfile=args.hostfile,
                 launcher_args=args.launcher_args,
             )
+    if args.launcher_args:
+        raise ValueError(
+            f"{' '.join(args.launcher_args)} behind -- is for DeepSpeed's launcher, which one process does "
+            "not start; leave it out, or ask for more with --num-gpus."
+        )
     from .worker import run_worker
 
     return run_worker(config)

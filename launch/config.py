@@ -6,9 +6,10 @@ Pure: building a config touches no GPU, no network and no process group.
 
 from __future__ import annotations
 
+import os
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 from .human_numbers import parse_count, parse_tokens, refuse_bool
 
@@ -37,6 +38,9 @@ Share = Annotated[float, Field(ge=0, lt=1), BeforeValidator(refuse_bool)]
 
 Text = Annotated[str, Field(min_length=1)]
 """Text that says something: an empty name is a slip, most often an unset shell variable."""
+
+PathText = Annotated[Text, AfterValidator(os.path.expanduser)]
+"""A path, or a name that may be one; a shell leaves the `~` of `key=~/folder` as it is."""
 
 
 class Section(BaseModel):
@@ -75,7 +79,7 @@ class LoraConfig(Section):
 class ModelConfig(Section):
     """What is trained."""
 
-    name: Text | None = None
+    name: PathText | None = None
     """Hugging Face name or folder of a checkpoint; null trains `config` from random weights."""
     config: dict[str, Any] = Field(default_factory=dict)
     """Fields of the Hugging Face config. With `name` they override the checkpoint's own, except that
@@ -96,7 +100,7 @@ class DataConfig(Section):
     """Documents for evaluation; null holds out `eval_fraction` of `source`, by document."""
     eval_fraction: Share = 0.02
     """Share of the documents that is held out when there is no `eval_source`; 0 turns it off."""
-    tokenizer: Text | None = None
+    tokenizer: PathText | None = None
     """Hugging Face name or folder, or `bytes` (one token a byte); null takes the model's own."""
     pack: bool = True
     """Fill each sequence with several documents (they never attend to each other)."""
@@ -108,7 +112,7 @@ class DataConfig(Section):
     """Read at most this many documents of each source."""
     num_workers: Count | None = None
     """Processes that tokenise; null takes one a core, 16 at most."""
-    cache_dir: Text | None = None
+    cache_dir: PathText | None = None
     """Where token shards are kept; null is $LONGSEQ_CACHE, else ~/.cache/longseq."""
 
 
@@ -185,7 +189,7 @@ class TrainConfig(Section):
     micro_batch_sequences: Count = 1
     """Sequences that one group of `ulysses_degree` GPUs takes at once."""
     precision: Literal["float32", "bf16"] = "bf16"
-    """Arithmetic of the model; weights and optimizer states are kept in float32 in either."""
+    """Arithmetic of the model; trained weights and optimizer states are kept in float32 in either."""
     eval_every: Count | None = None
     """Steps between evaluations; null evaluates at the end alone."""
     eval_sequences: Count = 16
@@ -205,7 +209,7 @@ class CheckpointConfig(Section):
     """Newest checkpoints that are kept."""
     export_at_end: bool = False
     """Write the trained model in Hugging Face's layout to `run_dir/model` when the run is done."""
-    resume: Text = "auto"
+    resume: PathText = "auto"
     """`auto` goes on from the run's newest checkpoint, `never` refuses a folder that has one, else a
     checkpoint's folder."""
 
@@ -213,7 +217,7 @@ class CheckpointConfig(Section):
 class LogConfig(Section):
     """What is written down."""
 
-    run_dir: Text = "runs/default"
+    run_dir: PathText = "runs/default"
     """Folder of the run: checkpoints, metrics, plots, the exact config."""
     every: Count = 1
     """Steps between two lines of the log."""

@@ -193,6 +193,16 @@ def _loss_memory_is_used(config: RunConfig, world_size: int | None) -> Iterator[
         )
 
 
+def _packs_fill_shards(config: RunConfig, world_size: int | None) -> Iterator[str]:
+    length, degree = config.sequence.length, config.parallel.ulysses_degree
+    if config.data.pack and length >= 2 * degree and length % degree:
+        # Packing leaves no gap, and then every sequence would be padded for want of a shard's last tokens.
+        yield (
+            f"sequence.length={length} is no multiple of parallel.ulysses_degree={degree}, so every packed "
+            f"sequence would be padded; use {length - length % degree}, or data.pack=false."
+        )
+
+
 def _degree_divides_world(config: RunConfig, world_size: int | None) -> Iterator[str]:
     degree = config.parallel.ulysses_degree
     if world_size is not None and world_size % degree:
@@ -274,6 +284,7 @@ RULES: tuple[Rule, ...] = (
     Rule(("model.name", "data.tokenizer"), _tokenizer_is_known),
     Rule(("train.eval_every", "data.eval_fraction", "data.eval_source"), _eval_has_documents),
     Rule(("sequence.length", "parallel.ulysses_degree"), _length_is_shared),
+    Rule(("sequence.length", "parallel.ulysses_degree", "data.pack"), _packs_fill_shards),
     Rule(("sequence.length", "model.config"), _length_fits_positions),
     Rule(("sequence.loss", "sequence.loss_memory_mib"), _loss_memory_is_used),
     Rule(("parallel.num_gpus", "parallel.ulysses_degree"), _degree_divides_world),

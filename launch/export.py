@@ -49,10 +49,10 @@ def export_checkpoint(
     weights = _weights(checkpoint / "engine", is_zero=state.zero_stage > 0)
     with _quiet():
         model = _model(config, checkpoint / "hf", weights).to(target)
+    model.generation_config = _generation_config(checkpoint / "hf")
     draft = out.with_name(f".{out.name}.partial")
     shutil.rmtree(draft, ignore_errors=True)
     draft.parent.mkdir(parents=True, exist_ok=True)
-    model.config.use_cache = True
     with _quiet():
         model.save_pretrained(draft)
     _tokenizer(checkpoint / "hf").save_pretrained(draft)
@@ -129,6 +129,12 @@ def _merged_adapters(config: RunConfig, weights: dict[str, Tensor]) -> nn.Module
             f"the adapters are of another model: missing {missing[:3]}, unexpected {list(unexpected)[:3]}."
         )
     return model.merge_and_unload()
+
+
+def _generation_config(folder: Path) -> Any:
+    from transformers import GenerationConfig
+
+    return GenerationConfig.from_pretrained(folder)
 
 
 def _tokenizer(folder: Path) -> Any:

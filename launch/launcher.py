@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 import signal
 import subprocess
 import sys
 from collections.abc import Sequence
 from itertools import pairwise
+from pathlib import Path
 
 from .config import RunConfig
 from .processes import free_port
@@ -24,10 +24,8 @@ def num_processes(config: RunConfig) -> int:
     """
     if config.parallel.num_gpus != "auto":
         return config.parallel.num_gpus
-    import torch
-
     degree = config.parallel.ulysses_degree
-    available = torch.cuda.device_count()
+    available = _gpu_count()
     for count in range(available - available % degree, 0, -degree):
         if config.train.global_batch_sequences % (config.train.micro_batch_sequences * count // degree) == 0:
             if count < available:
@@ -66,6 +64,10 @@ def launch(
     """
     command = [sys.executable, "-m", "deepspeed.launcher.runner", "--no_local_rank"]
     if hostfile is not None:
+        if not Path(hostfile).is_file():
+            raise ValueError(
+                f"--hostfile {hostfile}: no such file; DeepSpeed would train on this machine alone."
+            )
         command += ["--hostfile", hostfile]
     else:
         # A path that does not exist: DeepSpeed would otherwise read a hostfile of the machine's own.
@@ -76,7 +78,7 @@ def launch(
         command += ["--log_level", "critical"]  # which worker it was and by which command: they say it better
     command += [*launcher_args, "--module", MODULE, "train", config_source, *overrides]
     environment = dict(os.environ)
-    if not _has_gpu():
+    if not _gpu_count():
         environment["DS_ACCELERATOR"] = "cpu"
         # DeepSpeed counts a CPU machine's "devices" by its NUMA nodes unless it is told.
         environment["LOCAL_SIZE"] = str(num_gpus)
@@ -125,6 +127,12 @@ def _which_gpus(num_gpus: int) -> list[str]:
     """DeepSpeed's words for the GPUs to use: of those that CUDA_VISIBLE_DEVICES leaves, the first."""
     visible = [word for word in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if word.strip()]
     if not visible:
+        available = _gpu_count()
+        if 0 < available < num_gpus:
+            raise ValueError(
+                f"parallel.num_gpus={num_gpus} but this machine has {available}; ask for as many, or name "
+                "more machines with --hostfile."
+            )
         return ["--num_gpus", str(num_gpus)]
     if num_gpus > len(visible):
         raise ValueError(
@@ -151,9 +159,7 @@ def _pass_on(process: subprocess.Popen, number: int) -> None:
         os.killpg(process.pid, signal.SIGTERM)
 
 
-def _has_gpu() -> bool:
-    if shutil.which("nvidia-smi") is None:
-        return False
+def _gpu_count() -> int:
     import torch
 
-    return torch.cuda.is_available()
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0

@@ -13,6 +13,7 @@ from torch import nn
 from ..distributed.groups import ProcessGroups
 from ..distributed.ulysses import apply_ulysses
 from ..mst.apply import apply_mini_sequence
+from ..mst.families import FAMILIES
 from .config import ModelConfig, RunConfig
 from .data.tokenizer import vocabulary_size
 
@@ -69,7 +70,10 @@ def hf_config(config: ModelConfig) -> Any:
         )
     if config.name is None:
         # Made anew, not changed: a config derives fields (head_dim) from others when it is made.
-        return AutoConfig.for_model(known.model_type, **fields)
+        try:
+            return AutoConfig.for_model(known.model_type, **fields)
+        except Exception as error:  # huggingface_hub's own kind, which says no more than this
+            raise ValueError(f"model.config: {error}") from error
     return AutoConfig.from_pretrained(config.name, trust_remote_code=False, **fields)
 
 
@@ -79,7 +83,7 @@ def _default_config(model_type: str) -> Any:
     if model_type not in CONFIG_MAPPING:
         raise ValueError(
             f"model.config.model_type={_guess(model_type, CONFIG_MAPPING)} is no family that transformers "
-            "knows; use one such as llama, qwen3, mistral, phi3 or gemma3_text."
+            "knows; there are {', '.join(FAMILIES)}."
         )
     return AutoConfig.for_model(model_type)
 
@@ -100,6 +104,19 @@ def _checkpoint_config(name: str) -> Any:
 def _guess(name: str, known: Iterable[str]) -> str:
     near = get_close_matches(name, [str(one) for one in known], n=1)
     return f"{name} (did you mean {near[0]}?)" if near else name
+
+
+def check_model(config: ModelConfig) -> None:
+    """Refuse a model that cannot be trained, from its config alone.
+
+    Raises:
+        ValueError: What is wrong with it.
+    """
+    family = hf_config(config).model_type
+    if family not in FAMILIES:
+        raise ValueError(
+            f"model_type={family!r} is no family that mini-sequences know; there are {', '.join(FAMILIES)}."
+        )
 
 
 def build_base_model(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> nn.Module:
@@ -146,8 +163,6 @@ def build_model(
 ) -> nn.Module:
     """The model as it is trained: adapters, attention over the ranks of a sequence, mini-sequences."""
     model = add_adapters(build_base_model(config.model, device, dtype), config.model)
-    # Llama computes what it attends to from its config; a cache would keep all keys of a training step.
-    model.config.use_cache = False
     apply_ulysses(model, groups)
     sequence = config.sequence
     tokens_a_gpu = sequence.length * config.train.micro_batch_sequences // groups.sp_size
@@ -157,12 +172,19 @@ def build_model(
         logger.info("sequence.checkpoints: %s, for %d tokens a GPU", checkpoints, tokens_a_gpu)
     apply_mini_sequence(
         model,
-        tile_tokens=sequence.tile_tokens if sequence.mini_sequence else tokens_a_gpu + groups.sp_size,
+        tile_tokens=sequence.tile_tokens if sequence.mini_sequence else None,
         checkpoints=checkpoints,
         loss=sequence.loss,
         loss_memory_mib=sequence.loss_memory_mib,
     )
     return model.train()
+
+
+def name_special_tokens(model: nn.Module, tokenizer: Any) -> None:
+    """Tell a model made anew which ids begin, end and pad a text: generation stops by them."""
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        for config in (model.config, model.generation_config):
+            setattr(config, name, getattr(tokenizer, name))
 
 
 def check_vocabulary(model: nn.Module, tokenizer: Any) -> None:

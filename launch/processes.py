@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import fcntl
 import logging
 import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
@@ -41,6 +45,8 @@ def join(ulysses_degree: int, *, use_deepspeed: bool) -> tuple[ProcessGroups, to
 
     has_gpu = torch.cuda.is_available()
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    if torch.cuda.device_count() == 1:
+        local_rank = 0  # the launcher shows each process a GPU of its own
     device = torch.device("cuda", local_rank) if has_gpu else torch.device("cpu")
     if has_gpu:
         torch.cuda.set_device(device)
@@ -81,6 +87,28 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
+
+
+@contextmanager
+def sole_user(run_dir: Path) -> Iterator[None]:
+    """Keep a second run out of a run's folder, where each would delete what the other writes.
+
+    Raises:
+        ValueError: Another run is there.
+    """
+    run_dir.mkdir(parents=True, exist_ok=True)
+    with (run_dir / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ValueError(
+                f"log.run_dir={run_dir} is in use by another run; wait for it, or set another log.run_dir."
+            ) from error
+        except OSError as error:
+            logger.warning(
+                "%s cannot be locked (%s): see that no second run uses it.", run_dir, error.strerror
+            )
+        yield
 
 
 class StopRequest:

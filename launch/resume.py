@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
-from .checkpoint import Checkpoints, read_state
+from .checkpoint import Checkpoints, RunState, newest_checkpoint, read_state
 from .config import RunConfig
 from .config_file import load_config
 
@@ -49,7 +49,7 @@ def choose_checkpoint(config: RunConfig, checkpoints: Checkpoints) -> Path | Non
                 "log.run_dir, or move it away."
             )
         return None
-    folder = Path(resume).expanduser()
+    folder = newest_checkpoint(Path(resume))
     read_state(folder)
     if newest is not None and newest.resolve() != folder.resolve():
         raise ValueError(
@@ -83,6 +83,20 @@ def check_same_walk(config: RunConfig, folder: Path) -> None:
         raise ValueError(
             f"parallel.zero_stage={config.parallel.zero_stage} but {folder} was written with "
             f"{state.zero_stage}; keep the stage, or `longseq export` the checkpoint and train from that."
+        )
+
+
+def check_same_data(state: RunState, data_digest: str, folder: Path) -> None:
+    """Refuse to go on in documents that are not those of the checkpoint's run.
+
+    Raises:
+        ValueError: They differ.
+    """
+    if state.data_digest != data_digest:
+        raise ValueError(
+            f"the documents are not those that {folder} was trained on: its place in the data means nothing "
+            "here, and what was held out may be trained on. Bring the data back, or train into another "
+            "log.run_dir."
         )
 
 

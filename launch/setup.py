@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import math
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from .data.dataset import SequenceDataset
 from .data.prepare import prepare
 from .data.token_store import TokenStore
 from .data.tokenizer import load_tokenizer, padding_id
-from .model import build_model, check_vocabulary
+from .model import build_model, check_model, check_vocabulary, name_special_tokens
 from .optimizer import build_optimizer
 
 logger = logging.getLogger(__name__)
@@ -33,6 +34,7 @@ class RunParts:
         eval_set: Sequences to evaluate on, if there are any.
         engine: The model and its optimizer.
         total_steps: Optimizer steps of the whole run.
+        data_digest: Of every document's tokens, in their order: the cursor means nothing in other data.
     """
 
     tokenizer: Any
@@ -40,6 +42,7 @@ class RunParts:
     eval_set: SequenceDataset | None
     engine: Engine
     total_steps: int
+    data_digest: str
 
 
 def set_up(config: RunConfig, plan: ParallelPlan, groups: ProcessGroups, device: torch.device) -> RunParts:
@@ -48,17 +51,24 @@ def set_up(config: RunConfig, plan: ParallelPlan, groups: ProcessGroups, device:
     Raises:
         ValueError: Data, tokenizer and model do not fit together.
     """
+    check_model(config.model)  # before hours of data
     tokenizer = load_tokenizer(config.data.tokenizer or config.model.name or "bytes")
-    if groups.is_main:
-        # The others find it done; where nodes do not share the cache, each builds its own.
-        prepare(config.data, tokenizer, progress=True)
-    groups.barrier()
+    # The others find it done; where nodes do not share the cache, each builds its own.
+    groups.main_first(lambda: prepare(config.data, tokenizer, progress=True), "data")
     prepared = prepare(config.data, tokenizer)
     train_set = _sequences(config, prepared.train, tokenizer)
     eval_set = None if prepared.heldout is None else _sequences(config, prepared.heldout, tokenizer)
     total_steps = config.train.steps
     if total_steps is None:
         total_steps = math.ceil(config.train.epochs * len(train_set) / config.train.global_batch_sequences)
+    if config.schedule.warmup_steps >= total_steps:
+        logger.warning(
+            "schedule.warmup_steps=%d does not end in the %d steps of this run; lower it, or train longer.",
+            config.schedule.warmup_steps,
+            total_steps,
+        )
+    if eval_set is None and config.data.eval_fraction > 0:
+        logger.warning("nothing is held out for evaluation: data.source has a single document.")
     logger.info(
         "data: %d sequences of up to %d tokens, %.1f%% of them text; %d steps of %d sequences",
         len(train_set),
@@ -70,7 +80,15 @@ def set_up(config: RunConfig, plan: ParallelPlan, groups: ProcessGroups, device:
     torch.manual_seed(config.train.seed)
     engine = build_engine(config, plan, groups, device, tokenizer)
     torch.manual_seed(config.train.seed + 1 + groups.rank)  # dropout must not repeat from shard to shard
-    return RunParts(tokenizer, train_set, eval_set, engine, total_steps)
+    digest = _digest(prepared.train, prepared.heldout)
+    return RunParts(tokenizer, train_set, eval_set, engine, total_steps, digest)
+
+
+def _digest(*stores: TokenStore | None) -> str:
+    digest = hashlib.sha256()
+    for store in stores:
+        digest.update(b"|" if store is None else store.digests.tobytes())
+    return digest.hexdigest()[:16]
 
 
 def _sequences(config: RunConfig, store: TokenStore, tokenizer: Any) -> SequenceDataset:
@@ -94,6 +112,8 @@ def build_engine(
     dtype = torch.bfloat16 if bf16 and (use_zero or config.model.lora is not None) else torch.float32
     model = build_model(config, groups, device, dtype)
     check_vocabulary(model, tokenizer)
+    if config.model.name is None:
+        name_special_tokens(model, tokenizer)
     optimizer = build_optimizer(model, config.optimizer)
     if not use_zero:
         return LocalEngine(

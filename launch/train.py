@@ -6,6 +6,7 @@ import logging
 import math
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -25,8 +26,8 @@ from .export import export_checkpoint
 from .flops import ModelShape, model_flops, peak_tflops
 from .metrics import EtaEstimate, MetricsWriter, StepMetrics, peak_memory_gib
 from .plot import plot_runs
-from .processes import StopRequest
-from .resume import check_same_walk, choose_checkpoint
+from .processes import StopRequest, sole_user
+from .resume import check_same_data, check_same_walk, choose_checkpoint
 from .schedule import learning_rate
 from .setup import RunParts, set_up
 
@@ -57,8 +58,13 @@ def train(config: RunConfig, groups: ProcessGroups, device: torch.device) -> Run
         ValueError: Config, data, model or checkpoint do not fit together.
         TrainingError: Loss or gradient became non-finite; no update was made with it.
     """
-    plan = check_world(config, groups.world_size)
     run_dir = Path(config.log.run_dir)
+    with sole_user(run_dir) if groups.is_main else nullcontext():
+        return _train(config, groups, device, run_dir)
+
+
+def _train(config: RunConfig, groups: ProcessGroups, device: torch.device, run_dir: Path) -> RunState:
+    plan = check_world(config, groups.world_size)
     checkpoints = Checkpoints(run_dir, groups, config.checkpoint.keep)
     resume_from = choose_checkpoint(config, checkpoints)
     if resume_from is not None:
@@ -66,6 +72,7 @@ def train(config: RunConfig, groups: ProcessGroups, device: torch.device) -> Run
     run = _Run(config, groups, device, set_up(config, plan, groups, device), checkpoints)
     if resume_from is not None:
         run.state = checkpoints.load(resume_from, run.parts.engine)
+        check_same_data(run.state, run.parts.data_digest, resume_from)
         logger.info("resumed from %s, after step %d", resume_from, run.state.step)
     if run.state.step >= run.parts.total_steps:
         logger.info(
@@ -77,7 +84,6 @@ def train(config: RunConfig, groups: ProcessGroups, device: torch.device) -> Run
             run.finish(run_dir)
         return run.state
     if groups.is_main:
-        run_dir.mkdir(parents=True, exist_ok=True)
         _write_whole(run_dir / "config.yaml", dump_config(config))
     with MetricsWriter(
         run_dir,
@@ -119,7 +125,10 @@ class _Run:
         """Every step that is left, with evaluations and checkpoints where they are due."""
         config = self.config
         self.state = replace(
-            self.state, world_size=self.groups.world_size, zero_stage=config.parallel.zero_stage
+            self.state,
+            world_size=self.groups.world_size,
+            zero_stage=config.parallel.zero_stage,
+            data_digest=self.parts.data_digest,
         )
         stop = StopRequest()
         eta = EtaEstimate()
@@ -132,7 +141,8 @@ class _Run:
                 result = self._step(stop)
                 self._report(metrics, result, time.perf_counter() - started, eta)
                 step, is_last = self.state.step, self.state.step == self.parts.total_steps
-                if is_last or _due(step, config.train.eval_every):
+                # Asked to stop, there may be seconds left: they are for the checkpoint.
+                if is_last or (_due(step, config.train.eval_every) and not result.stop):
                     self._evaluate(metrics)
                 first = step == 1 and config.checkpoint.at_first_step
                 if is_last or result.stop or first or _due(step, config.checkpoint.every):
@@ -156,7 +166,6 @@ class _Run:
             newest = self.checkpoints.newest()
             assert newest is not None
             logger.info("exported model: %s", export_checkpoint(newest, run_dir / "model", overwrite=True))
-        self.groups.barrier()
 
     def _step(self, stop: StopRequest) -> _StepResult:
         """One optimizer step. The host waits for the device twice: for the loss, and for the norm."""
@@ -243,8 +252,10 @@ class _Run:
         self.checkpoints.save(self.parts.engine, self.state, self._write_model_files)
 
     def _write_model_files(self, folder: Path) -> None:
+        model = self.parts.engine.module
         (folder / "config.yaml").write_text(dump_config(self.config))
-        self.parts.engine.module.config.save_pretrained(folder / "hf")
+        model.config.save_pretrained(folder / "hf")
+        model.generation_config.save_pretrained(folder / "hf")
         self.parts.tokenizer.save_pretrained(folder / "hf")
 
     def _non_finite(self, what: str) -> TrainingError:

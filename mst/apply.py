@@ -26,7 +26,7 @@ _MISSING = object()
 def apply_mini_sequence(
     model: nn.Module,
     *,
-    tile_tokens: int | str = "auto",
+    tile_tokens: int | str | None = "auto",
     head_groups: int | str = "auto",
     checkpoints: str = "auto",
     save_attention: bool = False,
@@ -41,7 +41,7 @@ def apply_mini_sequence(
 
     Args:
         model: A Hugging Face causal LM of a known family, or peft's wrapper of one.
-        tile_tokens: Tokens of a mini-sequence, or "auto".
+        tile_tokens: Tokens of a mini-sequence, "auto", or None to leave the MLPs as they are.
         head_groups: "auto" or 1; attention by groups of heads is not there yet.
         checkpoints: "gpu" keeps each layer's input and rebuilds the rest in backward, "none" leaves the
             model's own setting alone, "auto" is "gpu".
@@ -65,7 +65,7 @@ def apply_mini_sequence(
     recomputes_layers = checkpoints in ("auto", "gpu")
     if recomputes_layers:
         handle.enable_layer_checkpoints()
-    for mlp in parts.mlps:
+    for mlp in parts.mlps if tile_tokens is not None else ():
         handle.patch_tiled(mlp, _tiled_mlp(mlp, mlp.forward, tile_tokens, parts.causal_lm, recomputes_layers))
     if loss != "logits":
         if loss == "cce" and not is_plain_linear(parts.lm_head):
@@ -105,6 +105,12 @@ class MiniSequenceHandle:
             enable = enable or causal_lm.gradient_checkpointing_enable  # its name before transformers 5.18
             enable({"use_reentrant": False})
 
+    def __deepcopy__(self, memo: dict) -> MiniSequenceHandle:
+        # The copy's patched forwards would go on computing with this model's weights.
+        raise ValueError(
+            "a model with mini-sequences cannot be copied; copy it before, or call handle.undo() first."
+        )
+
     def undo(self) -> None:
         """Give the model back as it was; a second call does nothing."""
         for module, earlier in reversed(self._patched):
@@ -124,10 +130,10 @@ class MiniSequenceHandle:
 
 
 def _check_options(
-    tile_tokens: int | str, head_groups: int | str, checkpoints: str, save_attention: bool, loss: str
+    tile_tokens: int | str | None, head_groups: int | str, checkpoints: str, save_attention: bool, loss: str
 ) -> None:
-    if tile_tokens != "auto" and (not isinstance(tile_tokens, int) or tile_tokens < 1):
-        raise ValueError(f"tile_tokens={tile_tokens!r} must be 'auto' or a positive number of tokens.")
+    if tile_tokens not in ("auto", None) and (not isinstance(tile_tokens, int) or tile_tokens < 1):
+        raise ValueError(f"tile_tokens={tile_tokens!r} must be 'auto', None or a positive number of tokens.")
     if loss not in LOSSES:
         raise ValueError(f"loss={loss!r} must be one of {', '.join(LOSSES)}.")
     if checkpoints in ("host",):

@@ -189,7 +189,9 @@ def _token_shape(inputs: Sequence[Tensor]) -> torch.Size:
 def _refuse_unlisted_weights(out: Tensor, sources: Sequence[Tensor]) -> None:
     """A leaf in the tile's graph that is not listed would lose its gradient without a word."""
     known = {id(tensor) for tensor in sources}
-    pending, seen = [out.grad_fn], set()
+    # Behind a listed tensor that is no leaf stands the graph that made it, which is not the tile's.
+    seen = {tensor.grad_fn for tensor in sources if tensor.grad_fn is not None}
+    pending = [out.grad_fn]
     while pending:
         node = pending.pop()
         if node is None or node in seen:
@@ -201,7 +203,6 @@ def _refuse_unlisted_weights(out: Tensor, sources: Sequence[Tensor]) -> None:
                 f"fn uses a weight of shape {tuple(leaf.shape)} that requires a gradient but is not in "
                 "params; pass every weight that fn uses."
             )
-        # Behind a listed tensor that is no leaf stands the graph that made it, which is not the tile's.
         pending.extend(next_node for next_node, _ in node.next_functions)
 
 

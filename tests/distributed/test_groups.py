@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import time
+from pathlib import Path
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -10,19 +13,24 @@ from gloo import run_cases
 from longseq.distributed import ProcessGroups
 
 
-def layout_case(degree: int) -> dict:
+def layout_case(degree: int, note: str) -> dict:
     groups = ProcessGroups.create(degree)
     neighbours = None if groups.sp is None else dist.get_process_group_ranks(groups.sp)
     in_shard_order = None if groups.sp is None else dist.get_group_rank(groups.sp, groups.rank)
+    groups.main_first(lambda: write_late(Path(note)), note)
     return {
         "ranks": [groups.sp_rank, groups.dp_rank, groups.sp_size, groups.dp_size],
         "neighbours": neighbours,
         "in_shard_order": in_shard_order,
         "is_main": groups.is_main,
         "sum": groups.all_sum(torch.tensor(groups.rank + 1)).item(),
-        "one_says_yes": groups.agree(groups.rank == 2, torch.device("cpu")),
-        "none_says_yes": groups.agree(False, torch.device("cpu")),
+        "saw": Path(note).read_text(),
     }
+
+
+def write_late(note: Path) -> None:
+    time.sleep(0.5)
+    note.write_text("done by main")
 
 
 def refusal_case(degree: int) -> str:
@@ -32,8 +40,12 @@ def refusal_case(degree: int) -> str:
 
 
 @pytest.fixture(scope="module")
-def outcomes() -> dict[str, list]:
-    degrees = {f"degree {degree}": (layout_case, {"degree": degree}) for degree in (1, 2, 4)}
+def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list]:
+    folder = tmp_path_factory.mktemp("notes")
+    degrees = {
+        f"degree {degree}": (layout_case, {"degree": degree, "note": str(folder / str(degree))})
+        for degree in (1, 2, 4)
+    }
     refused = {f"refused {degree}": (refusal_case, {"degree": degree}) for degree in (0, 3, 8)}
     return run_cases(4, {**degrees, **refused})
 
@@ -49,11 +61,10 @@ def test_ranks_of_a_sequence_are_neighbours(outcomes: dict[str, list]) -> None:
 
 
 @pytest.mark.parametrize("degree", [1, 2, 4])
-def test_sums_and_votes_are_over_all_ranks(outcomes: dict[str, list], degree: int) -> None:
+def test_sums_are_over_all_ranks_and_all_wait_for_main(outcomes: dict[str, list], degree: int) -> None:
     for rank in outcomes[f"degree {degree}"]:
         assert rank["sum"] == 10
-        assert rank["one_says_yes"] is True
-        assert rank["none_says_yes"] is False
+        assert rank["saw"] == "done by main"
 
 
 @pytest.mark.parametrize("degree", [0, 3, 8])
@@ -67,7 +78,6 @@ def test_a_degree_that_does_not_divide_is_refused_on_every_rank(
 def test_one_process_needs_no_process_group() -> None:
     groups = ProcessGroups.create()
     assert groups == ProcessGroups()
-    assert groups.agree(True, torch.device("cpu")) is True
     assert groups.all_sum(torch.tensor(3)).item() == 3
     with pytest.raises(ValueError, match=r"ulysses_degree=2 does not divide 1 processes; use 1\."):
         ProcessGroups.create(2)

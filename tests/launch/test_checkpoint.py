@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +29,9 @@ from tiny_run import (
 
 from longseq.distributed.engine import LocalEngine
 from longseq.launch import train as train_module
-from longseq.launch.checkpoint import RunState, newest_checkpoint, read_state
+from longseq.launch.checkpoint import newest_checkpoint, read_state
 from longseq.launch.data.dataset import Batch
+from longseq.launch.processes import sole_user
 
 LONG = ("train.steps=9", "train.eval_every=2", "schedule.name=cosine", "schedule.warmup_steps=2")
 
@@ -251,10 +253,45 @@ def test_newest_of_a_run_or_the_checkpoint_itself(shop: Workshop, whole: Path) -
     assert newest_checkpoint(whole) == newest
     state = read_state(newest)
     assert (state.step, state.sequences_seen, state.world_size) == (9, 18, 1)
-    assert state.after_step(3, 5) == RunState(10, 21, state.tokens_seen + 5)
+    assert state.after_step(3, 5) == replace(
+        state, step=10, sequences_seen=21, tokens_seen=state.tokens_seen + 5
+    )
 
 
 def test_nothing_in_a_checkpoint_can_carry_code(whole: Path) -> None:
     newest = newest_checkpoint(whole)
     for file in [newest / "engine" / "optimizer.pt", *(newest / "rng").iterdir()]:
         torch.load(file, weights_only=True)
+
+
+def test_a_changed_weight_decay_is_heard(shop: Workshop) -> None:
+    shop.run("decay", "train.steps=2")
+    decayed = ("optimizer.weight_decay=0.5", "optimizer.betas=[0.5, 0.6]")
+    run = shop.run("decay", "train.steps=4", *decayed)
+    state = torch.load(newest_checkpoint(run) / "engine" / "optimizer.pt", weights_only=True)
+    assert state["param_groups"][0]["weight_decay"] == 0.5
+    assert tuple(state["param_groups"][0]["betas"]) == (0.5, 0.6)
+
+
+def test_other_documents_under_the_same_name_are_refused(shop: Workshop, tmp_path: Path) -> None:
+    documents = tmp_path / "own.jsonl"
+    documents.write_text("".join(json.dumps({"text": f"document {i} " * 30}) + "\n" for i in range(9)))
+    own = (f"data.source={documents}", "data.eval_source=null")
+    shop.run("documents", "train.steps=2", *own)
+    documents.write_text("".join(json.dumps({"text": f"another {i} " * 30}) + "\n" for i in range(9)))
+    with pytest.raises(ValueError, match="the documents are not those"):
+        shop.run("documents", "train.steps=4", *own)
+
+
+def test_a_second_run_is_kept_out_of_the_folder(shop: Workshop) -> None:
+    run = shop.run("alone", "train.steps=2")
+    with sole_user(run), pytest.raises(ValueError, match=r"log\.run_dir=.* is in use by another run"):
+        shop.run("alone", "train.steps=4")
+    shop.run("alone", "train.steps=4")
+
+
+def test_a_damaged_checkpoint_is_named(shop: Workshop) -> None:
+    run = shop.run("damaged", "train.steps=2")
+    (newest_checkpoint(run) / "engine" / "model.safetensors").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"step-00000002 cannot be read .* move it away"):
+        shop.run("damaged", "train.steps=4")

@@ -150,3 +150,17 @@ def test_an_interrupted_run_ends_with_130(
 
     monkeypatch.setattr("longseq.launch.worker.run_worker", interrupted)
     assert "interrupted" in said(capsys, "train", str(shop.yaml("interrupted")), status=130)
+
+
+def test_words_for_a_launcher_that_is_not_started_are_an_error(
+    shop: Workshop, capsys: pytest.CaptureFixture[str]
+) -> None:
+    yaml_file = str(shop.yaml("no_launcher"))
+    assert "behind -- is for" in said(capsys, "train", yaml_file, "--", "--no_ssh", status=2)
+    with pytest.raises(SystemExit):
+        main(["prepare", yaml_file, "--", "--no_ssh"])
+
+
+def test_a_hostfile_that_is_not_there_is_an_error(shop: Workshop, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ("train", str(shop.yaml("no_hostfile")), "--hostfile", "nowhere.txt")
+    assert "--hostfile nowhere.txt: no such file" in said(capsys, *words, status=2)

@@ -132,6 +132,7 @@ def test_field_errors_and_cross_field_errors_come_together():
     )
     assert [line.partition("=")[0] for line in errors] == [
         "train.steps",
+        "sequence.length",
         "parallel.ulysses_degree",
         "parallel.ulysses_degree",
     ]
@@ -315,3 +316,12 @@ def test_the_documentation_shows_the_errors_that_come():
     with pytest.raises(ConfigError) as caught:
         load_config(preset, overrides)
     assert str(caught.value) == shown.strip()
+
+
+def test_packed_sequences_fill_their_shards():
+    values = run(sequence={"length": 1001}, parallel={"num_gpus": 2, "ulysses_degree": 2})
+    assert list(errors_of(values)) == [
+        "sequence.length=1001 is no multiple of parallel.ulysses_degree=2, so every packed sequence would be "
+        "padded; use 1000, or data.pack=false."
+    ]
+    parse_config({**values, "data": {**values["data"], "pack": False}})

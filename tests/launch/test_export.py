@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tiny_run import Workshop, held_out_loss, records, weights
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from longseq.launch import export as export_module
 from longseq.launch.checkpoint import newest_checkpoint
@@ -133,3 +134,13 @@ def test_what_the_libraries_print_stays_out_of_sight(
 ) -> None:
     export_checkpoint(newest_checkpoint(tied), tmp_path / "model")
     assert capfd.readouterr() == ("", "")
+
+
+def test_an_exported_model_generates_with_a_cache_and_stops_at_its_own_eos(tied: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tied / "model")
+    tokenizer = AutoTokenizer.from_pretrained(tied / "model")
+    made = model.generate(
+        torch.tensor([[65, 66]]), max_new_tokens=2, do_sample=False, return_dict_in_generate=True
+    )
+    assert made.past_key_values is not None
+    assert model.generation_config.eos_token_id == model.config.eos_token_id == tokenizer.eos_token_id

@@ -135,7 +135,6 @@ def test_layers_are_rebuilt_from_8192_tokens_or_as_told(
     assert any(getattr(module, "gradient_checkpointing", False) for module in model.modules()) == recomputes
     assert ("sequence.checkpoints:" in caplog.text) == ("checkpoints" not in sequence)
     assert model.training
-    assert model.config.use_cache is False
 
 
 def test_a_vocabulary_that_is_too_small_is_refused() -> None:

@@ -61,9 +61,9 @@ def two(shop: Workshop, base: list[str]) -> str:
     zero1 = ["parallel.num_gpus=2", "parallel.zero_stage=1"]
     lora = [*zero1, *base, *LORA]
     configs = [shop.yaml(name, *overrides) for name, overrides in EXACT.items()]
-    configs.append(
-        shop.yaml("zero2-bf16", "parallel.num_gpus=2", "parallel.zero_stage=2", "train.precision=bf16")
-    )
+    for stage in (1, 2, 3):
+        bf16 = ("parallel.num_gpus=2", f"parallel.zero_stage={stage}", "train.precision=bf16")
+        configs.append(shop.yaml(f"zero{stage}-bf16", *bf16))
     for name, overrides in (("zero1", zero1), ("lora", lora)):
         # A file of its own for each half: both are read before either is trained.
         for steps in (2, 4):
@@ -81,9 +81,16 @@ def test_two_processes_walk_as_one(shop: Workshop, two: str, name: str) -> None:
     assert_same_run(shop.folder / name, truth, relative=5e-7, absolute=1e-6)
 
 
-def test_zero_in_bf16_is_near(shop: Workshop, two: str) -> None:
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_zero_in_bf16_is_near_and_can_be_exported(
+    shop: Workshop, two: str, tmp_path: Path, stage: int
+) -> None:
+    run = shop.folder / f"zero{stage}-bf16"
     truth = shop.run("bf16-alone", "train.precision=float32")
-    assert_close(losses(shop.folder / "zero2-bf16"), losses(truth), 1e-2)
+    assert_close(losses(run), losses(truth), 1e-2)
+    export_checkpoint(newest_checkpoint(run), tmp_path / "model", dtype="float32")
+    loss, _ = held_out_loss(tmp_path / "model", shop.folder / "held_out.jsonl")
+    assert loss == pytest.approx(records(run, "eval")[-1]["eval_loss"], rel=1e-2)
 
 
 def test_zero_goes_on_bit_for_bit(shop: Workshop, two: str) -> None:

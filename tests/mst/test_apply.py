@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -201,3 +203,21 @@ def test_a_layer_keeps_its_input_alone() -> None:
     assert not intermediate
     assert not scores
     assert not logits
+
+
+def test_a_copy_is_refused_for_it_would_compute_with_the_originals_weights() -> None:
+    model = make_model()
+    handle = apply_mini_sequence(model)
+    with pytest.raises(ValueError, match="cannot be copied"):
+        copy.deepcopy(model)
+    handle.undo()
+    copy.deepcopy(model)
+
+
+def test_mlps_can_be_left_alone() -> None:
+    model, calls = make_model(), []
+    for layer in model.model.layers:
+        layer.mlp.down_proj.register_forward_hook(lambda *args: calls.append(args))
+    apply_mini_sequence(model, tile_tokens=None, checkpoints="none")
+    step(model, **make_batch())
+    assert len(calls) == 2

@@ -147,6 +147,15 @@ def test_a_weight_that_is_not_listed_is_refused() -> None:
         mini_sequence(mlp, x, listed, tile_tokens=6).sum().backward()
 
 
+def test_a_listed_weight_may_be_made_of_others() -> None:
+    weight = torch.randn(D, D, dtype=torch.float64, requires_grad=True)
+    x = torch.randn(1, 20, D, dtype=torch.float64)
+    twice = weight * 2
+    mini_sequence(lambda tile: tile @ twice, x, [twice], tile_tokens=6).sum().backward()
+    expected = torch.autograd.grad((x @ (weight * 2)).sum(), weight)[0]
+    torch.testing.assert_close(weight.grad, expected, rtol=1e-11, atol=1e-13)
+
+
 def test_a_weight_that_no_tile_uses_has_no_gradient() -> None:
     mlp, x, spare = Mlp(), torch.randn(1, 20, D), nn.Parameter(torch.ones(3))
     mini_sequence(mlp, x, [*mlp.parameters(), spare], tile_tokens=6).sum().backward()
