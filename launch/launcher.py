@@ -162,4 +162,4 @@ def _pass_on(process: subprocess.Popen, number: int) -> None:
 def _gpu_count() -> int:
     import torch
 
-    return torch.cuda.device_count() if torch.cuda.is_available() else 0
+    return torch.cuda.device_count()

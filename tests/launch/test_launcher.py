@@ -81,12 +81,14 @@ class Recorder:
 @pytest.fixture
 def recorded(monkeypatch: pytest.MonkeyPatch) -> type[Recorder]:
     monkeypatch.setattr(launcher.subprocess, "Popen", Recorder)
-    monkeypatch.setattr(launcher, "_has_gpu", lambda: True)
+    monkeypatch.setattr(launcher, "_gpu_count", lambda: 8)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     return Recorder
 
 
-def test_the_launchers_command(recorded: type[Recorder], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_launchers_command(
+    recorded: type[Recorder], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     assert launch("a.yaml", ["x.y=1"], num_gpus=2, launcher_args=["--bind_cores_to_rank"]) == 0
     words = recorded.command
     assert words[-5:] == ["--module", "longseq.launch.cli", "train", "a.yaml", "x.y=1"]
@@ -102,9 +104,15 @@ def test_the_launchers_command(recorded: type[Recorder], monkeypatch: pytest.Mon
     with pytest.raises(ValueError, match=r"num_gpus=4 but CUDA_VISIBLE_DEVICES=3,5,7 leaves 3"):
         launch("a.yaml", [], num_gpus=4)
 
-    launch("a.yaml", [], num_gpus=16, hostfile="hosts")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    with pytest.raises(ValueError, match=r"num_gpus=16 but this machine has 8"):
+        launch("a.yaml", [], num_gpus=16)
+
+    hosts = tmp_path / "hosts"
+    hosts.write_text("one slots=8\ntwo slots=8\n")
+    launch("a.yaml", [], num_gpus=16, hostfile=str(hosts))
     words = recorded.command
-    assert words[words.index("--hostfile") + 1] == "hosts"
+    assert words[words.index("--hostfile") + 1] == str(hosts)
     assert "--num_gpus" not in words
 
 
