@@ -26,7 +26,9 @@ def environment() -> dict[str, Any]:
             continue
     return {
         "date": datetime.date.today().isoformat(),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor(),
+        "device": torch.cuda.get_device_name()
+        if torch.cuda.is_available()
+        else f"CPU ({platform.machine()})",
         "num_gpus": torch.cuda.device_count(),
         "python": platform.python_version(),
         "versions": versions,

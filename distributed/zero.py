@@ -109,9 +109,11 @@ class DeepSpeedEngine(Engine):
 
     def load(self, folder: Path) -> None:
         self._check_layout(folder)
+        # Frozen weights are not in a checkpoint; where there are none, every weight must be.
+        strict = all(param.requires_grad for param in self.module.parameters())
         with _quiet_deepspeed(), weights_only_loads(), kept_settings(self._engine.optimizer):
             loaded, _ = self._engine.load_checkpoint(
-                str(folder), tag=TAG, load_module_strict=False, load_lr_scheduler_states=False
+                str(folder), tag=TAG, load_module_strict=strict, load_lr_scheduler_states=False
             )
         if loaded is None:
             raise ValueError(f"DeepSpeed found no checkpoint in {folder}.")

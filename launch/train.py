@@ -16,7 +16,7 @@ from ..distributed.engine import NonFiniteGradientError
 from ..distributed.groups import ProcessGroups
 from ..distributed.loss import count_tokens, global_token_loss
 from ..distributed.sequence import shard_batch
-from .checkpoint import Checkpoints, RunState
+from .checkpoint import Checkpoints, RunState, read_state
 from .config import RunConfig
 from .config_file import check_world, dump_config
 from .data.dataset import Batch, micro_batches
@@ -71,8 +71,8 @@ def _train(config: RunConfig, groups: ProcessGroups, device: torch.device, run_d
         check_same_walk(config, resume_from)
     run = _Run(config, groups, device, set_up(config, plan, groups, device), checkpoints)
     if resume_from is not None:
+        check_same_data(read_state(resume_from), run.parts.data_digest, resume_from)
         run.state = checkpoints.load(resume_from, run.parts.engine)
-        check_same_data(run.state, run.parts.data_digest, resume_from)
         logger.info("resumed from %s, after step %d", resume_from, run.state.step)
     if run.state.step >= run.parts.total_steps:
         logger.info(
@@ -168,7 +168,7 @@ class _Run:
             logger.info("exported model: %s", export_checkpoint(newest, run_dir / "model", overwrite=True))
 
     def _step(self, stop: StopRequest) -> _StepResult:
-        """One optimizer step. The host waits for the device twice: for the loss, and for the norm."""
+        """One optimizer step. The host waits for the device for the loss, and again for the norm."""
         engine, groups = self.parts.engine, self.groups
         wholes = list(self._micro_batches())
         batches = [shard_batch(whole, groups) for whole in wholes]
