@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-PACKAGES = ("torch", "triton", "transformers", "deepspeed", "liger-kernel")
+PACKAGES = ("torch", "triton", "transformers", "deepspeed", "liger-kernel", "cut-cross-entropy")
 
 
 def environment() -> dict[str, Any]:
@@ -42,13 +42,39 @@ def arguments(description: str) -> argparse.ArgumentParser:
     return parser
 
 
-def write(name: str, title: str, rows: list[dict[str, Any]], out: Path | None, **facts: Any) -> None:
-    """Print the table; with `out`, keep it there as JSON and as Markdown."""
+def write(
+    name: str,
+    title: str,
+    rows: list[dict[str, Any]],
+    out: Path | None,
+    *,
+    tables: list[tuple[str, list[dict[str, Any]]]] | None = None,
+    note: str = "",
+    show: bool = True,
+    **facts: Any,
+) -> None:
+    """Print the rows; with `out`, keep them there as JSON and as Markdown.
+
+    Args:
+        name: The files are `name.json` and `name.md`.
+        title: The heading of the Markdown.
+        rows: All that was measured.
+        out: Folder for the files.
+        tables: Heading and rows of each table to read instead of the one of all rows.
+        note: What a reader needs to know before the tables.
+        show: Print it.
+        facts: Further keys of the JSON.
+    """
     where = environment()
-    table = markdown(rows)
     versions = ", ".join(f"{package} {version}" for package, version in where["versions"].items())
-    text = f"# {title}\n\n{where['device']}, {where['date']}; {versions}\n\n{table}\n"
-    print(text)
+    parts = [f"# {title}", f"{where['device']}, {where['date']}; {versions}", *([note] if note else [])]
+    if tables is None:
+        parts.append(markdown(rows))
+    for heading, shown in tables or ():
+        parts += [f"## {heading}", markdown(shown)]
+    text = "\n\n".join(parts) + "\n"
+    if show:
+        print(text)
     if out is None:
         return
     out.mkdir(parents=True, exist_ok=True)

@@ -1,5 +1,7 @@
 """Cut cross-entropy: the loss of a language model's head without its logits."""
 
+from .filtered import FilterReport
 from .linear_cross_entropy import linear_cross_entropy
+from .vocab_parallel import VocabShard
 
-__all__ = ["linear_cross_entropy"]
+__all__ = ["FilterReport", "VocabShard", "linear_cross_entropy"]

@@ -1,197 +1,318 @@
-"""Exact linear cross-entropy, chunk by chunk of tokens, gradients taken in forward.
+"""Methods `exact` and `filtered`: loss and gradients in one pass, gradients taken in forward.
 
-A chunk's logits live only while its loss and its two gradient products are made: three matmuls of the
-problem's size in all, where recomputing the logits in backward would take four.
+Three products of the problem's size in all, where remaking the logits in backward would take four; a filter
+takes the second and third over the living tiles alone. The work is a custom op, opaque to `torch.compile`.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
 
+from . import portable
+from .head import Gradients, Head, Needs, Statistics, Tokens, refuse_second_order, wide_dtype
 from .options import LossOptions
-from .reference import cap_logits, inverse_weight, is_out_of_range
+from .recompute import head_statistics_backward, kernels_for
 
-DEFAULT_MEMORY_MIB = 2048
-"""Enough for some 2,800 tokens of a 128,256-word head in bf16: cuBLAS is busy from 2,048 on."""
-
-
-class Needs(NamedTuple):
-    """Which gradients are wanted; read before the Function is entered, where grad mode is off."""
-
-    hidden: bool
-    weight: bool
-    bias: bool
+OF_HEAD = ("weight", "bias", "outer")
 
 
-def exact_linear_cross_entropy(
-    hidden: Tensor,  # (T, D)
-    weight: Tensor,  # (V, D)
-    bias: Tensor | None,  # (V,)
-    labels: Tensor,  # (T,)
-    token_weights: Tensor | None,  # (T,)
-    options: LossOptions,
-    memory_mib: int | None,
-) -> Tensor:
-    """The mean or sum loss; see `linear_cross_entropy`."""
-    grad = torch.is_grad_enabled()
-    needs = Needs(
-        grad and hidden.requires_grad,
-        grad and weight.requires_grad,
-        grad and bias is not None and bias.requires_grad,
-    )
-    if labels.device.type == "cpu":
-        # Ignored tokens cost nothing. On a GPU their number would have to reach the host first.
-        kept = (labels != options.ignore_index).nonzero().squeeze(-1)
-        if kept.numel() < labels.numel():
-            hidden, labels = hidden[kept], labels[kept]
-            token_weights = None if token_weights is None else token_weights[kept]
-    num_tokens = chunk_tokens(weight.shape[0], hidden.dtype, options, memory_mib, has_bias=bias is not None)
-    return _ExactLoss.apply(hidden, weight, bias, labels, token_weights, options, needs, num_tokens)
-
-
-def chunk_tokens(
-    vocab_size: int,
-    dtype: torch.dtype,
+def exact_loss(
+    tokens: Tokens,
+    head: Head,
+    token_weights: Tensor,  # (N,) wide; 0 for ignored tokens
     options: LossOptions,
     memory_mib: int | None,
     *,
-    has_bias: bool = False,
-) -> int:
-    """Tokens whose logits, with what is made of them, fit into `memory_mib`; at least 1."""
-    wide = max(dtype.itemsize, 4)
-    bytes_per_logit = dtype.itemsize + wide  # the product, or the gradient in its dtype, beside the buffer
-    if options.softcap is not None:
-        bytes_per_logit += 2 * wide
-    elif has_bias or options.logit_scale != 1.0:
-        bytes_per_logit += wide
-    tokens = (memory_mib or DEFAULT_MEMORY_MIB) * 2**20 // (vocab_size * bytes_per_logit)
-    return max(1, tokens // 128 * 128 if tokens >= 128 else tokens)
+    filter_eps: float = 0.0,
+    report_dropped: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Summed weighted loss, and the filter's report `(4,)`.
+
+    The report: living tiles, tiles, summed probability in dead tiles (if asked for), tokens that count;
+    zeros without a filter.
+    """
+    grad = torch.is_grad_enabled()
+    flat = (tokens.hidden, head.weight, head.bias, tokens.inner, head.outer)
+    needs = [grad and tensor is not None and tensor.requires_grad for tensor in flat]
+    settings = (head.softcap, head.logit_scale, options.label_smoothing, options.z_loss)
+    return _ExactLoss.apply(
+        *flat, tokens.labels, token_weights, *settings, needs, memory_mib, filter_eps, report_dropped
+    )
 
 
 class _ExactLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, bias, labels, token_weights, options, needs, num_tokens):
-        wide = torch.promote_types(hidden.dtype, torch.float32)
-        loss = hidden.new_zeros((), dtype=wide)
-        # float16 would lose small hidden gradients before the loss scale of backward reaches them.
-        d_hidden_dtype = wide if hidden.dtype == torch.float16 else hidden.dtype
-        d_hidden = torch.empty_like(hidden, dtype=d_hidden_dtype) if needs.hidden else None
-        d_weight = torch.zeros_like(weight, dtype=wide) if needs.weight else None
-        d_bias = torch.zeros_like(bias, dtype=wide) if needs.bias else None
-        for start in range(0, hidden.shape[0], num_tokens):
-            rows = slice(start, start + num_tokens)
-            row_weights = None if token_weights is None else token_weights[rows].to(wide)
-            chunk_loss, row_scale, unscaled = _chunk(
-                hidden[rows], weight, bias, labels[rows], row_weights, options, any(needs)
-            )
-            loss += chunk_loss
-            if unscaled is None:
-                continue
-            if d_bias is not None:
-                d_bias += row_scale @ unscaled
-            d_logits = unscaled.new_empty(0, dtype=hidden.dtype)
-            torch.mul(unscaled, row_scale.unsqueeze(-1), out=d_logits)
-            del unscaled
-            if d_hidden is not None:
-                _product_into(d_hidden[rows], d_logits, weight)
-            if d_weight is not None:
-                _add_product(d_weight, d_logits.T, hidden[rows])
-            del d_logits  # or it would stand beside the next chunk's logits
-        # Gradients wait for the upstream one unscaled, so that a second backward finds them as they were.
-        scale = loss.new_ones(())
-        if options.reduction == "mean":
-            scale = inverse_weight(labels, token_weights, options).to(wide)
-        ctx.save_for_backward(d_hidden, d_weight, d_bias, scale)
-        ctx.dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
-        return loss * scale
+    def forward(
+        ctx,
+        hidden,
+        weight,
+        bias,
+        inner,
+        outer,
+        labels,
+        token_weights,
+        softcap,
+        logit_scale,
+        label_smoothing,
+        z_loss,
+        needs,
+        memory_mib,
+        filter_eps,
+        report_dropped,
+    ):
+        flat = (hidden, weight, bias, inner, outer)
+        found = _exact_op(
+            *flat,
+            labels,
+            token_weights,
+            softcap,
+            logit_scale,
+            label_smoothing,
+            z_loss,
+            needs,
+            memory_mib,
+            filter_eps,
+            report_dropped,
+        )
+        loss, gradients, (lse, report, words), kept = found[0], found[1:6], found[6:9], found[9:]
+        ctx.deferred, ctx.kept, ctx.spent = lse.numel() > 0, kept[0].numel() > 0, False
+        # What backward makes the gradients from that wait for it.
+        late = (*flat, labels, token_weights, lse) if ctx.deferred else kept if ctx.kept else ()
+        ctx.save_for_backward(words, *gradients, *late)
+        ctx.vocab_size = weight.shape[0]
+        ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in flat]
+        ctx.needs, ctx.memory_mib = needs, memory_mib
+        ctx.settings = (softcap, logit_scale, z_loss)
+        ctx.mark_non_differentiable(report)
+        return loss, report
 
     @staticmethod
-    def backward(ctx, upstream):
-        *gradients, scale = ctx.saved_tensors
-        factor = upstream * scale
+    @refuse_second_order
+    def backward(ctx, upstream, _report):
+        if ctx.spent:
+            raise RuntimeError(
+                "linear_cross_entropy with a memory_mib this small scales the hidden states' gradient in "
+                "place, so its backward runs once; for retain_graph=True take a larger memory_mib, or "
+                "method='recompute'."
+            )
+        words, *gradients = ctx.saved_tensors[:6]
+        late = ctx.saved_tensors[6:]
+        rows = words if words.numel() else None
+        if ctx.deferred and gradients[0].numel() and not torch.compiler.is_compiling():
+            # A copy of it may be more than the memory that was allowed.
+            ctx.spent = True
+            gradients[0].mul_(upstream)
+        # Out of place: a second backward must find them as they were.
         scaled = [
-            None if gradient is None else torch.mul(gradient, factor, out=gradient.new_empty(0, dtype=dtype))
-            for gradient, dtype in zip(gradients, ctx.dtypes, strict=True)
+            None
+            if not need or not gradient.numel()
+            else gradient
+            if name == "hidden" and ctx.spent
+            else _scaled_op(gradient, upstream, dtype, rows if name in OF_HEAD else None)
+            for gradient, need, dtype, name in zip(
+                gradients, ctx.needs, ctx.dtypes, Needs._fields, strict=True
+            )
         ]
-        return (*scaled, None, None, None, None, None)
+        left = Needs(*(need and now is None for need, now in zip(ctx.needs, scaled, strict=True)))
+        if ctx.deferred:
+            found = _remade_gradients(late, upstream, ctx.settings, left, ctx.memory_mib)
+            scaled = [then if now is None else now for now, then in zip(scaled, found, strict=True)]
+        if ctx.kept:
+            of_head = [left.weight, left.bias, left.outer]
+            found = _kept_op(*late, ctx.vocab_size, upstream, of_head)
+            for need, index, gradient in zip(of_head, (1, 2, 4), found, strict=True):
+                scaled[index] = gradient if need else scaled[index]
+        # An empty gradient of something that was wanted: there were no tokens, or no words.
+        for index, (need, gradient) in enumerate(zip(ctx.needs, scaled, strict=True)):
+            if need and gradient is None:
+                scaled[index] = gradients[index].to(ctx.dtypes[index])
+        return (*scaled, *[None] * 10)
 
 
-def _chunk(
+def _remade_gradients(
+    late: tuple[Tensor | None, ...],
+    upstream: Tensor,
+    settings: tuple[float | None, float, float],
+    needs: Needs,
+    memory_mib: int | None,
+) -> Gradients:
+    hidden, weight, bias, inner, outer, labels, token_weights, lse = late
+    softcap, logit_scale, z_loss = settings
+    weights = upstream * token_weights
+    return head_statistics_backward(
+        Tokens(hidden, labels, inner),
+        Head(weight, bias, outer, softcap, logit_scale),
+        lse,
+        Statistics(weights * (1.0 + 2.0 * z_loss * lse), -weights),
+        needs,
+        memory_mib,
+    )
+
+
+@torch.library.custom_op("longseq::exact_loss", mutates_args=())
+def _exact_op(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
+    inner: Tensor | None,
+    outer: Tensor | None,
     labels: Tensor,
-    row_weights: Tensor | None,
-    options: LossOptions,
-    need_gradient: bool,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Summed loss of a chunk, a factor of each row `(T,)`, and what it scales to the logits' gradient.
+    token_weights: Tensor,
+    softcap: float | None,
+    logit_scale: float,
+    label_smoothing: float,
+    z_loss: float,
+    needs: list[bool],
+    memory_mib: int | None,
+    filter_eps: float,
+    report_dropped: bool,
+) -> tuple[
+    Tensor,
+    Tensor,
+    Tensor,
+    Tensor,
+    Tensor,
+    Tensor,
+    Tensor,
+    Tensor,
+    Tensor,
+    Tensor,
+    Tensor,
+    Tensor,
+    Tensor,
+    Tensor,
+]:
+    """The loss and what backward needs; tensors are empty that are not.
 
-    One buffer of that size goes through it all: log-probabilities, probabilities, gradient.
+    Five gradients; lse, if backward remakes some of them; the filter's report; the word of each row of the
+    head's gradients, if not its own; and the five of `KeptExponentials`, if backward makes some from them.
     """
-    wide = torch.promote_types(hidden.dtype, torch.float32)
-    vocab_size = weight.shape[0]
-    counts = labels != options.ignore_index
-    row_scale = counts.to(wide) if row_weights is None else row_weights * counts
-    # A label that is no word makes its loss and its gradients NaN, never a number that is wrong.
-    row_scale = row_scale.masked_fill(is_out_of_range(labels, vocab_size, options), float("nan"))
-    target = labels.clamp(0, vocab_size - 1).unsqueeze(-1)
-
-    logits = hidden @ weight.T
-    if bias is not None:
-        logits = logits.to(wide) + bias
-    if options.logit_scale != 1.0 or options.softcap is not None:
-        logits = cap_logits(logits.to(wide), options)
-    target_logit = logits.gather(-1, target).squeeze(-1).to(wide)
-    buffer = torch.log_softmax(logits, dim=-1, dtype=wide)
-    target_log_p = buffer.gather(-1, target).squeeze(-1)
-    lse = target_logit - target_log_p
-    smoothing = options.label_smoothing
-    losses = -target_log_p
-    if smoothing:
-        losses = (1.0 - smoothing) * losses - smoothing * buffer.mean(dim=-1)
-    if options.z_loss:
-        losses = losses + options.z_loss * lse.square()
-    # masked_fill, not a product alone: the loss of an ignored token may be infinite, and inf * 0 is NaN.
-    loss = (losses * row_scale).masked_fill_(~counts, 0.0).sum()
-    if not need_gradient:
-        return loss, row_scale, None
-    cap_slope = None if options.softcap is None else 1.0 - (logits / options.softcap).square_()
-    del logits
-    d_logits = buffer.exp_()
-    if options.z_loss:
-        d_logits *= (1.0 + 2.0 * options.z_loss * lse).unsqueeze(-1)
-    if smoothing:
-        d_logits -= smoothing / vocab_size
-    d_logits.scatter_add_(-1, target, d_logits.new_full(target.shape, smoothing - 1.0))
-    if cap_slope is not None:
-        d_logits *= cap_slope
-    return loss, row_scale * options.logit_scale, d_logits
+    tokens, head = Tokens(hidden, labels, inner), Head(weight, bias, outer, softcap, logit_scale)
+    wanted = Needs(*needs)
+    kernels = kernels_for(tokens, head)
+    if kernels is None or label_smoothing:
+        loss, gradients, report = portable.exact_loss(
+            tokens,
+            head,
+            token_weights,
+            label_smoothing=label_smoothing,
+            z_loss=z_loss,
+            needs=wanted,
+            memory_mib=memory_mib,
+            filter_eps=filter_eps,
+        )
+        nothing = _or_empty((None,) * 5, hidden)
+        empty = (hidden.new_empty(0), report, labels.new_empty(0))
+        return (loss, *_or_empty(gradients, hidden), *empty, *nothing)
+    chunks = kernels.plan(hidden.shape[0], *weight.shape, wanted, memory_mib, filtered=filter_eps > 0)
+    found = kernels.exact_loss(
+        tokens,
+        head,
+        token_weights,
+        z_loss=z_loss,
+        needs=wanted,
+        chunks=chunks,
+        filter_eps=filter_eps,
+        report_dropped=report_dropped,
+    )
+    lse = found.lse if chunks.defer_weight else found.lse.new_empty(0)
+    words = labels.new_empty(0) if found.words is None else found.words
+    kept = _or_empty(found.kept or (None,) * 5, hidden)
+    return (found.loss, *_or_empty(found.gradients, hidden), lse, found.report, words, *kept)
 
 
-def _product_into(out: Tensor, left: Tensor, right: Tensor) -> None:
-    if out.dtype == left.dtype:
-        torch.mm(left, right, out=out)
-    else:
-        out.copy_(_wide_mm(left, right))
+@_exact_op.register_fake
+def _(
+    hidden,
+    weight,
+    bias,
+    inner,
+    outer,
+    labels,
+    token_weights,
+    softcap,
+    logit_scale,
+    label_smoothing,
+    z_loss,
+    needs,
+    memory_mib,
+    filter_eps,
+    report_dropped,
+):
+    tokens, head = Tokens(hidden, labels, inner), Head(weight, bias, outer, softcap, logit_scale)
+    wide, wanted, num_tokens = wide_dtype(hidden.dtype), Needs(*needs), hidden.shape[0]
+    kernels = None if label_smoothing else kernels_for(tokens, head)
+    defer_weight = defer_hidden = keep = False
+    num_words = 0
+    kept = [hidden.new_empty(0) for _ in range(5)]
+    if kernels is not None:
+        chunks = kernels.plan(num_tokens, *weight.shape, wanted, memory_mib, filtered=filter_eps > 0)
+        num_rows, defer_weight, defer_hidden, keep = chunks
+        if keep:
+            kept = kernels.kept_like(hidden, weight, inner, num_rows)
+        if filter_eps > 0 and num_tokens >= kernels.SORT_FROM_TOKENS:
+            num_words = weight.shape[0]
+    of_tokens = wide if hidden.dtype == torch.float16 else hidden.dtype
+    gradients = []
+    for name, like in zip(Needs._fields, (hidden, weight, bias, inner, outer), strict=True):
+        if not getattr(wanted, name) or (defer_weight or keep if name in OF_HEAD else defer_hidden):
+            gradients.append(hidden.new_empty(0))
+        else:
+            gradients.append(torch.empty_like(like, dtype=wide if name in OF_HEAD else of_tokens))
+    lse = hidden.new_empty(num_tokens if defer_weight else 0, dtype=wide if defer_weight else hidden.dtype)
+    report = hidden.new_empty(4, dtype=torch.float64)
+    return (hidden.new_empty((), dtype=wide), *gradients, lse, report, labels.new_empty(num_words), *kept)
 
 
-def _add_product(accumulator: Tensor, left: Tensor, right: Tensor) -> None:
-    """`accumulator += left @ right`, the sum kept in the accumulator's precision."""
-    if accumulator.dtype == left.dtype:
-        accumulator.addmm_(left, right)
-    elif left.is_cuda:
-        # One product that adds in place: without it, each chunk would write and read a (V, D) of its own.
-        torch.addmm(accumulator, left, right, out_dtype=accumulator.dtype, out=accumulator)
-    else:
-        accumulator += _wide_mm(left, right)
+@torch.library.custom_op("longseq::kept_gradients", mutates_args=())
+def _kept_op(
+    exponentials: Tensor,
+    hidden: Tensor,
+    inner: Tensor,
+    scale: Tensor,
+    num_row_tiles: Tensor,
+    vocab_size: int,
+    factor: Tensor,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of weight, bias and outer (empty where not wanted) from `KeptExponentials`."""
+    from . import fused
+
+    kept = fused.KeptExponentials(exponentials, hidden, inner, scale, num_row_tiles)
+    weight, bias, outer = needs
+    found = fused.head_gradients(kept, vocab_size, factor, Needs(weight=weight, bias=bias, outer=outer))
+    return tuple(_or_empty((found.weight, found.bias, found.outer), hidden))
 
 
-def _wide_mm(left: Tensor, right: Tensor) -> Tensor:
-    """Product of low-precision matrices, given in float32."""
-    if left.is_cuda:
-        return torch.mm(left, right, out_dtype=torch.float32)
-    return left.float() @ right.float()
+@_kept_op.register_fake
+def _(exponentials, hidden, inner, scale, num_row_tiles, vocab_size, factor, needs):
+    shapes = ((vocab_size, hidden.shape[-1]), (vocab_size,), (vocab_size, inner.shape[-1]))
+    return tuple(hidden.new_empty(shape if need else (0,)) for need, shape in zip(needs, shapes, strict=True))
+
+
+@torch.library.custom_op("longseq::scaled", mutates_args=())
+def _scaled_op(gradient: Tensor, factor: Tensor, dtype: torch.dtype, rows: Tensor | None) -> Tensor:
+    """`gradient * factor` in `dtype`, multiplied wide and rounded once; row i goes to row `rows[i]`."""
+    out = torch.empty_like(gradient, dtype=dtype)
+    if gradient.is_cuda and gradient.dim() == 2 and find_spec("triton") is not None:
+        from .kernels.weights import scale_rows
+
+        scale_rows(gradient, factor, out, rows=rows)
+        return out
+    if rows is None:
+        return torch.mul(gradient, factor, out=out)
+    out[rows] = (gradient * factor).to(dtype)
+    return out
+
+
+@_scaled_op.register_fake
+def _(gradient, factor, dtype, rows):
+    return torch.empty_like(gradient, dtype=dtype)
+
+
+def _or_empty(tensors: Sequence[Tensor | None], like: Tensor) -> list[Tensor]:
+    return [like.new_empty(0) if tensor is None else tensor for tensor in tensors]

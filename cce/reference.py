@@ -24,7 +24,7 @@ def reference_linear_cross_entropy(
     logits = hidden @ weight.T
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if bias is not None:
-        logits = logits + bias
+        logits = logits + bias.to(logits.dtype)
     logits = cap_logits(logits, options)
     losses, lse = token_losses(logits, labels, token_weights, options)
     return reduce_losses(losses, labels, token_weights, options), lse
@@ -56,7 +56,7 @@ def token_losses(
     if options.z_loss:
         losses = losses + options.z_loss * lse.square()
     if token_weights is not None:
-        losses = losses * token_weights
+        losses = losses * token_weights.to(losses.dtype)
     losses = losses.masked_fill(labels == options.ignore_index, 0.0)
     return losses.masked_fill(is_out_of_range(labels, vocab_size, options), float("nan")), lse
 
@@ -76,8 +76,11 @@ def reduce_losses(
 def inverse_weight(labels: Tensor, token_weights: Tensor | None, options: LossOptions) -> Tensor:
     """1 / (summed weight of the tokens that count), 0 where there is none: no host sync, no NaN."""
     counts = labels != options.ignore_index
-    weight = counts.sum() if token_weights is None else (token_weights * counts).sum()
-    weight = weight.to(torch.float64) if labels.device.type != "mps" else weight.to(torch.float32)
+    # Wide before the sum: float16 ends at 65,504 tokens, bfloat16 counts in steps long before.
+    wide = torch.float64 if labels.device.type != "mps" else torch.float32
+    weight = (
+        counts.sum() if token_weights is None else torch.where(counts, token_weights.to(wide), 0.0).sum()
+    ).to(wide)
     return torch.where(weight != 0, 1.0 / weight, torch.zeros_like(weight))
 
 

@@ -130,7 +130,7 @@ class SequenceConfig(Section):
     loss: Literal["cce", "mini_sequence", "logits"] = "cce"
     """LM head: cut cross-entropy, the head itself tile by tile, or the full logits (small runs only)."""
     loss_memory_mib: Count | None = None
-    """Memory that the head's chunks of logits may take; null lets the kernel choose."""
+    """MiB that the loss may take beside its gradients; null lets the method choose."""
 
 
 class ParallelConfig(Section):

@@ -12,7 +12,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from .families import CausalLMParts, find_parts
-from .lm_head import is_plain_linear, lm_head_loss
+from .lm_head import lm_head_loss
+from .low_rank import as_linear_head
 from .mini_sequence import mini_sequence
 from .tiling import choose_tile_tokens
 
@@ -48,7 +49,7 @@ def apply_mini_sequence(
         save_attention: Not there yet.
         loss: "cce" (cut cross-entropy), "mini_sequence" (the head itself, tile by tile) or "logits" (as
             it was).
-        loss_memory_mib: Memory of a chunk of logits; None lets the method choose.
+        loss_memory_mib: MiB that the loss may take beside its gradients; None lets the method choose.
 
     Returns:
         A handle whose `undo()` gives the model back as it was.
@@ -68,7 +69,7 @@ def apply_mini_sequence(
     for mlp in parts.mlps if tile_tokens is not None else ():
         handle.patch_tiled(mlp, _tiled_mlp(mlp, mlp.forward, tile_tokens, parts.causal_lm, recomputes_layers))
     if loss != "logits":
-        if loss == "cce" and not is_plain_linear(parts.lm_head):
+        if loss == "cce" and as_linear_head(parts.lm_head) is None:
             logger.info("the LM head is a %s: its loss goes by mini-sequences.", type(parts.lm_head).__name__)
         handle.patch_tiled(parts.lm_head, _head_with_loss(parts.lm_head, loss, loss_memory_mib))
         handle.patch(parts.causal_lm, _forward_without_logits(parts))

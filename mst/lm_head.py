@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..cce.linear_cross_entropy import linear_cross_entropy
+from .low_rank import LinearHead, as_linear_head
 from .mini_sequence import mini_sequence
 
 IGNORE_INDEX = -100
@@ -30,20 +31,28 @@ def lm_head_loss(
     """Summed negative log-likelihood over `num_items`, or its mean over the labels that count.
 
     Args:
-        head: The LM head; a plain `nn.Linear` goes through cut cross-entropy when `loss` says so.
+        head: The LM head; an `nn.Linear`, with or without a LoRA adapter, goes through cut cross-entropy when
+            `loss` says so.
         apply_head: What turns hidden states into logits (the head's own forward).
         hidden: Hidden states, `(B, S, D)`.
         labels: Labels, `(B, S)`; -100 does not count.
         shift: Token t is scored against label t + 1 of its row.
         num_items: What the sum is divided by; None takes the number of labels that count.
         loss: "cce" or "mini_sequence".
-        memory_mib: Memory of a chunk of logits.
+        memory_mib: MiB that the loss may take beside its gradients.
     """
     if shift:
         labels = F.pad(labels[..., 1:], (0, 1), value=IGNORE_INDEX)
-    if loss == "cce" and is_plain_linear(head):
+    linear: LinearHead | None = as_linear_head(head) if loss == "cce" else None
+    if linear is not None:
         total = linear_cross_entropy(
-            hidden, head.weight, labels, bias=head.bias, reduction="sum", memory_mib=memory_mib
+            hidden,
+            linear.weight,
+            labels,
+            bias=linear.bias,
+            lora=linear.lora,
+            reduction="sum",
+            memory_mib=memory_mib,
         )
     else:
         total = _tiled_loss(head, apply_head, hidden, labels, memory_mib)
@@ -52,11 +61,6 @@ def lm_head_loss(
     if isinstance(num_items, Tensor):
         num_items = num_items.to(total.device)
     return total / num_items
-
-
-def is_plain_linear(head: nn.Module) -> bool:
-    """Whether the head is its weight and bias and nothing else (no adapter, no quantisation)."""
-    return type(head) is nn.Linear
 
 
 def _tiled_loss(

@@ -12,6 +12,10 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
 
+if not torch.cuda.is_available():
+    # Kernels run in Triton's interpreter. It is chosen where they are decorated: before Triton is imported.
+    os.environ["TRITON_INTERPRET"] = "1"
+
 # A test must never wait for a hub, nor write into the user's cache.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -35,3 +39,10 @@ def _same_random_numbers() -> None:
 def _cache_of_the_test(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
     """Token shards of all tests go into one folder that goes with the session."""
     monkeypatch.setenv("LONGSEQ_CACHE", str(tmp_path_factory.getbasetemp() / "longseq-cache"))
+
+
+@pytest.fixture
+def kernel_device() -> str:
+    """Where Triton's kernels run: the GPU, or the CPU in their interpreter (bf16 is truncated there)."""
+    pytest.importorskip("triton")
+    return "cuda" if torch.cuda.is_available() else "cpu"

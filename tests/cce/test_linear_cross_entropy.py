@@ -1,335 +1,254 @@
-"""`linear_cross_entropy` against plain PyTorch in float64: loss and every gradient, for every option."""
+"""What may be given to `linear_cross_entropy`: labels, frozen parts, autocast, a compiler; and errors."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from itertools import combinations
 
 import pytest
 import torch
-from numerics import assert_as_accurate_as
+from head_problems import METHODS, NO_FILTER, D, N, Problem, V, can, check, make, ours, results
 from torch import Tensor
 from torch.nn import functional as F
 
-from longseq.cce import linear_cross_entropy
-from longseq.cce.exact import chunk_tokens
-from longseq.cce.options import LossOptions
+from longseq.cce import linear_cross_entropy, portable
+from longseq.cce.head import Needs
 
-N, V, D = 67, 131, 29  # multiples of nothing
-
-
-@dataclass
-class Problem:
-    hidden: Tensor
-    weight: Tensor
-    bias: Tensor
-    labels: Tensor
-    upstream: float = 1.0
-    options: dict = field(default_factory=dict)
-
-    def to(self, dtype: torch.dtype) -> Problem:
-        hidden, weight, bias = (
-            tensor.detach().to(dtype).requires_grad_() for tensor in (self.hidden, self.weight, self.bias)
-        )
-        return Problem(hidden, weight, bias, self.labels, self.upstream, self.options)
+LABEL_OPTIONS = [
+    {"bias": True},
+    {"reduction": "sum", "token_weights": True},
+    {"reduction": "none", "return_lse": True},
+    {"z_loss": 0.1, "label_smoothing": 0.1, "softcap": 5.0},
+]
+BY_METHOD = [(method, options) for method in METHODS for options in LABEL_OPTIONS if can(method, options)]
 
 
-def make(*, ignored: str = "some", upstream: float = 1.0, **options) -> Problem:
-    # Rounded to bf16 first, so that every dtype is given the same problem.
-    hidden, weight, bias = (torch.randn(shape).bfloat16().double() for shape in ((N, D), (V, D), (V,)))
-    labels = torch.randint(0, V, (N,))
-    if ignored == "some":
-        labels[torch.rand(N) < 0.3] = -100
-        labels[0] = labels[-1] = -100
-    elif ignored == "all":
-        labels[:] = -100
-    return Problem(hidden, weight * 0.3, bias, labels, upstream, options)
+def small() -> tuple[Tensor, Tensor, Tensor]:
+    return torch.randn(4, D), torch.randn(V, D, requires_grad=True), torch.randint(0, V, (4,))
 
 
-def plain_loss(problem: Problem) -> Tensor:
-    """The textbook's way, written apart from the library's reference."""
-    options = dict(problem.options)
-    logits = problem.hidden @ problem.weight.T
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    if options.get("bias"):
-        logits = logits + problem.bias
-    logits = logits * options.get("logit_scale", 1.0)
-    if options.get("softcap"):
-        logits = options["softcap"] * torch.tanh(logits / options["softcap"])
-    keep = problem.labels != -100
-    logits, labels = logits[keep], problem.labels[keep]
-    losses = F.cross_entropy(
-        logits, labels, reduction="none", label_smoothing=options.get("label_smoothing", 0.0)
-    )
-    losses = losses + options.get("z_loss", 0.0) * logits.logsumexp(-1) ** 2
-    weights = options.get("token_weights")
-    weights = torch.ones_like(losses) if weights is None else weights[keep].to(losses)
-    total = (losses * weights).sum()
-    if options.get("reduction", "mean") == "mean":
-        total = total / weights.sum() if len(losses) else total * 0.0
-    return total
-
-
-def our_loss(problem: Problem, **extra) -> Tensor:
-    options = dict(problem.options)
-    bias = problem.bias if options.pop("bias", False) else None
-    return linear_cross_entropy(problem.hidden, problem.weight, problem.labels, bias=bias, **options, **extra)
-
-
-def gradients(problem: Problem, loss: Tensor) -> dict[str, Tensor]:
-    (loss * problem.upstream).backward()
-    names = ("hidden", "weight", "bias") if problem.options.get("bias") else ("hidden", "weight")
-    found = {"loss": loss.detach()}
-    for name in names:
-        grad = getattr(problem, name).grad
-        found[name] = torch.zeros_like(getattr(problem, name)) if grad is None else grad
-    return found
-
-
-def check(problem: Problem, dtype: torch.dtype, *, slack: float = 1.5, **extra) -> None:
-    truth_problem, plain_problem, our_problem = (problem.to(d) for d in (torch.float64, dtype, dtype))
-    truth = gradients(truth_problem, plain_loss(truth_problem))
-    plain = gradients(plain_problem, plain_loss(plain_problem))
-    ours = gradients(our_problem, our_loss(our_problem, **extra))
-    for name in truth:
-        assert_as_accurate_as(ours[name], plain[name], truth[name], slack=slack, name=name)
-
-
-OPTIONS = {
-    "plain": {},
-    "sum": {"reduction": "sum"},
-    "bias": {"bias": True},
-    "softcap": {"softcap": 2.0},
-    "logit_scale": {"logit_scale": 0.37},
-    "smoothing": {"label_smoothing": 0.2},
-    "z_loss": {"z_loss": 0.05},
-    "everything": {
-        "bias": True,
-        "softcap": 3.0,
-        "logit_scale": 1.7,
-        "label_smoothing": 0.1,
-        "z_loss": 0.01,
-        "reduction": "sum",
-    },
-}
-
-
-@pytest.mark.parametrize("method", ["exact", "reference"])
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-def test_options(dtype: torch.dtype, options: dict, method: str) -> None:
-    check(make(**options), dtype, method=method)
-
-
-@pytest.mark.parametrize("reduction", ["mean", "sum"])
-def test_token_weights(reduction: str) -> None:
-    problem = make(reduction=reduction, token_weights=torch.rand(N, dtype=torch.float64), z_loss=0.02)
-    check(problem, torch.float64, method="exact")
-    check(problem, torch.float64, method="reference")
-
-
-@pytest.mark.parametrize("upstream", [8.0, 0.3, -1.0])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_upstream_gradient(dtype: torch.dtype, upstream: float) -> None:
-    check(make(upstream=upstream), dtype, method="exact")
-
-
-def test_float16_gradients_survive_a_loss_scale() -> None:
-    # A mean over many tokens makes gradients that float16 cannot hold until the loss scale reaches them.
-    problem = make(ignored="none", upstream=2.0**14)
-    problem.hidden = problem.hidden * 1e-3
-    check(problem, torch.float16, method="exact")
-
-
-@pytest.mark.parametrize("memory_mib", [None, 1])
-@pytest.mark.parametrize("num_chunks", [1, 2, 66, 67])
-def test_any_chunking_gives_the_same(
-    num_chunks: int, memory_mib: int | None, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("method", "options"), BY_METHOD)
+@pytest.mark.parametrize("num_tokens", [0, 5])
+def test_no_token_that_counts_is_zero_with_zero_gradients(
+    num_tokens: int, method: str, options: dict
 ) -> None:
-    # 67 tokens: one chunk, two, a last chunk of one token, one token a chunk.
-    tokens = -(-N // num_chunks)
-    monkeypatch.setattr("longseq.cce.exact.chunk_tokens", lambda *args, **options: tokens)
-    check(make(ignored="none"), torch.float64, method="exact", memory_mib=memory_mib)
+    problem = make(num_tokens or 1, ignored="all", rank=3, **options)
+    if not num_tokens:
+        problem.parts["hidden"], labels = problem.parts["hidden"][:0], problem.labels[:0]
+        weights = {"token_weights": torch.ones(0)} if "token_weights" in options else {}
+        problem = Problem(problem.parts, labels, 1.0, {**problem.options, **weights})
+    problem = problem.to(torch.float32)
+    found = results(problem, ours(problem, method=method))
+    assert {"hidden", "weight", "lora_a", "lora_b"} < found.keys()
+    for name, value in found.items():
+        assert torch.equal(value, torch.zeros_like(value)), name
+    for name, part in problem.parts.items():
+        assert found[name].shape == part.shape
 
 
-def test_a_chunk_without_a_label(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("longseq.cce.exact.chunk_tokens", lambda *args, **options: 10)
-    problem = make(ignored="none")
-    problem.labels[20:30] = -100
-    check(problem, torch.float64, method="exact")
+@pytest.mark.parametrize("method", ["exact", "recompute", "filtered"])
+def test_ignored_hidden_states_do_not_matter(method: str) -> None:
+    clean, broken = make(bias=True).to(torch.float32), make(bias=True)
+    broken.parts["hidden"][broken.labels == -100] = float("nan")
+    broken = broken.to(torch.float32)
+    expected = results(clean, ours(clean, method=method))
+    for name, value in results(broken, ours(broken, method=method)).items():
+        assert torch.equal(value, expected[name]), name
 
 
-@pytest.mark.parametrize("method", ["exact", "reference"])
-@pytest.mark.parametrize("reduction", ["mean", "sum"])
-def test_all_ignored_is_zero_with_zero_gradients(reduction: str, method: str) -> None:
-    problem = make(ignored="all", reduction=reduction).to(torch.float32)
-    found = gradients(problem, our_loss(problem, method=method))
-    assert {name: float(value.abs().sum()) for name, value in found.items()} == {
-        "loss": 0,
-        "hidden": 0,
-        "weight": 0,
-    }
-
-
-def test_no_tokens_at_all() -> None:
-    hidden = torch.zeros(0, D, requires_grad=True)
-    loss = linear_cross_entropy(hidden, torch.randn(V, D), torch.zeros(0, dtype=torch.long))
-    loss.backward()
-    assert loss == 0
-    assert hidden.grad.shape == (0, D)
-
-
-def test_ignored_hidden_states_do_not_matter() -> None:
-    problem = make().to(torch.float32)
-    with torch.no_grad():
-        problem.hidden[problem.labels == -100] = float("nan")
-    found = gradients(problem, our_loss(problem, method="exact"))
-    assert all(torch.isfinite(value).all() for value in found.values())
+def test_an_ignored_word_is_still_a_word_of_the_softmax() -> None:
+    """`ignore_index` may be a real word, such as padding: its row then has a gradient all the same."""
+    problem = make(ignore_index=3)
+    for method in METHODS:
+        found = check(problem, method=method)
+        assert found["weight"][3].any()
+        assert not found["hidden"][problem.labels == 3].any()
 
 
 def test_shift_scores_each_token_against_the_next_label() -> None:
-    hidden = torch.randn(3, 11, D, dtype=torch.float64)
-    weight = torch.randn(V, D, dtype=torch.float64)
-    labels = torch.randint(0, V, (3, 11))
+    hidden, weight = torch.randn(3, 11, D, dtype=torch.float64), torch.randn(V, D, dtype=torch.float64)
+    labels, weights = torch.randint(0, V, (3, 11)), torch.rand(3, 11, dtype=torch.float64)
     labels[1, 4] = -100
-    shifted = linear_cross_entropy(hidden, weight, labels, shift=True)
-    by_hand = F.cross_entropy((hidden[:, :-1] @ weight.T).flatten(0, 1), labels[:, 1:].flatten())
-    torch.testing.assert_close(shifted, by_hand, rtol=1e-12, atol=0)
-
-
-def test_shift_moves_token_weights_with_the_labels() -> None:
-    hidden, weight = torch.randn(2, 9, D, dtype=torch.float64), torch.randn(V, D, dtype=torch.float64)
-    labels, weights = torch.randint(0, V, (2, 9)), torch.rand(2, 9, dtype=torch.float64)
-    ours = linear_cross_entropy(hidden, weight, labels, shift=True, token_weights=weights, reduction="sum")
-    losses = F.cross_entropy(
+    by_hand = F.cross_entropy(
         (hidden[:, :-1] @ weight.T).flatten(0, 1), labels[:, 1:].flatten(), reduction="none"
+    ).view(3, 10)
+    shifted = linear_cross_entropy(hidden, weight, labels, shift=True, reduction="none")
+    torch.testing.assert_close(shifted, F.pad(by_hand, (0, 1)), rtol=1e-12, atol=0)
+    mean = linear_cross_entropy(hidden, weight, labels, shift=True)
+    torch.testing.assert_close(mean, by_hand.sum() / 29, rtol=1e-12, atol=0)
+    # Weights go with the labels: they are of the token that is predicted.
+    weighed = linear_cross_entropy(hidden, weight, labels, shift=True, token_weights=weights, reduction="sum")
+    torch.testing.assert_close(weighed, (by_hand * weights[:, 1:]).sum(), rtol=1e-12, atol=0)
+
+
+INTEGERS = (torch.int32, torch.int16, torch.int8, torch.uint8, torch.uint16, torch.uint32, torch.uint64)
+
+
+@pytest.mark.parametrize("vocab_size", [131, 300, 40000])
+@pytest.mark.parametrize("dtype", INTEGERS, ids=str)
+@pytest.mark.parametrize("method", METHODS)
+def test_labels_of_any_integer_dtype(method: str, dtype: torch.dtype, vocab_size: int) -> None:
+    """Also where the dtype cannot hold the number of words, or -100."""
+    labels = torch.randint(0, 120, (N,))
+    if dtype == torch.uint8 and vocab_size > 156:
+        labels[3] = 156  # the byte that -100 is
+    if dtype.is_signed:
+        labels[5] = -100
+    hidden, weight = torch.randn(N, 4), torch.randn(vocab_size, 4)
+    for shift in (False, True):
+        expected = linear_cross_entropy(hidden, weight, labels, method=method, shift=shift)
+        found = linear_cross_entropy(hidden, weight, labels.to(dtype), method=method, shift=shift)
+        assert torch.equal(found, expected)
+
+
+def test_rows_without_a_token_can_be_shifted() -> None:
+    labels = torch.zeros(2, 0, dtype=torch.long)
+    found = linear_cross_entropy(
+        torch.zeros(2, 0, D), torch.randn(V, D), labels, shift=True, reduction="none"
     )
-    torch.testing.assert_close(ours, (losses * weights[:, 1:].flatten()).sum(), rtol=1e-12, atol=0)
+    assert found.shape == (2, 0)
 
 
-@pytest.mark.parametrize(("hidden_grad", "weight_grad"), [(True, False), (False, True), (False, False)])
-def test_frozen_parts(hidden_grad: bool, weight_grad: bool) -> None:
-    problem = make()
-    whole, part = problem.to(torch.float64), problem.to(torch.float64)
-    our_loss(whole, method="exact").backward()
-    part.hidden.requires_grad_(hidden_grad)
-    part.weight.requires_grad_(weight_grad)
-    loss = our_loss(part, method="exact")
-    assert loss.requires_grad == (hidden_grad or weight_grad)
-    if loss.requires_grad:
-        loss.backward()
-    for name, wanted in (("hidden", hidden_grad), ("weight", weight_grad)):
-        grad = getattr(part, name).grad
-        assert (grad is not None) == wanted
-        if wanted:
-            assert torch.equal(grad, getattr(whole, name).grad)
+FROZEN = [parts for size in (1, 2) for parts in combinations(("hidden", "weight", "bias"), size)]
 
 
-def test_second_backward_gives_the_same_gradients() -> None:
-    problem = make().to(torch.float32)
-    loss = our_loss(problem, method="exact")
-    loss.backward(retain_graph=True)
-    first = problem.weight.grad.clone()
-    loss.backward()
-    assert torch.equal(problem.weight.grad, 2 * first)
+@pytest.mark.parametrize("options", [{}, {"reduction": "none", "return_lse": True}], ids=["mean", "none"])
+@pytest.mark.parametrize("frozen", FROZEN, ids="+".join)
+@pytest.mark.parametrize("method", METHODS)
+def test_frozen_parts(method: str, frozen: tuple[str, ...], options: dict) -> None:
+    if can(method, options):
+        check(make(bias=True, softcap=4.0, **options), frozen=frozen, method=method)
 
 
-def test_tied_weight_gets_both_gradients() -> None:
-    weight = torch.randn(V, D, dtype=torch.float64, requires_grad=True)
-    ids = torch.randint(0, V, (N,))
-    linear_cross_entropy(F.embedding(ids, weight), weight, ids.roll(1), method="exact").backward()
-    ours, weight.grad = weight.grad, None
-    F.cross_entropy(F.embedding(ids, weight) @ weight.T, ids.roll(1)).backward()
-    torch.testing.assert_close(ours, weight.grad, rtol=1e-10, atol=1e-12)
+@pytest.mark.parametrize("frozen", [(), *FROZEN, ("hidden", "weight", "lora_a"), ("lora_b",)])
+@pytest.mark.parametrize("method", ["exact", "recompute", "filtered"])
+def test_frozen_parts_cost_nothing(
+    method: str, frozen: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Autograd would drop a gradient that nobody wants; it must not be made."""
+    wanted, summed = [], portable._Sums.__init__
+
+    def spy(self: object, tokens: object, head: object, needs: Needs, *rest: object) -> None:
+        wanted.append(needs)
+        summed(self, tokens, head, needs, *rest)
+
+    monkeypatch.setattr(portable._Sums, "__init__", spy)
+    problem = make(bias=True, rank=3).to(torch.float32, frozen)
+    results(problem, ours(problem, method=method))
+    trained = {name: part.requires_grad for name, part in problem.parts.items()}
+    adapted = trained["lora_a"] or trained["hidden"]
+    expected = Needs(trained["hidden"], trained["weight"], trained["bias"], adapted, trained["lora_b"])
+    assert wanted[-1] == expected
+    with torch.no_grad():
+        ours(problem, method=method)
+    assert wanted[-1] == Needs()
 
 
-def test_autocast_takes_float32_weights() -> None:
-    problem = make().to(torch.float32)
-    with torch.autocast("cpu", torch.bfloat16):
-        loss = our_loss(problem, method="exact")
-    loss.backward()
-    low = make_like(problem, torch.bfloat16)
-    expected = our_loss(low, method="exact")
-    assert loss.dtype == torch.float32
-    assert torch.equal(loss, expected)
-    assert problem.weight.grad.dtype == torch.float32
+@pytest.mark.parametrize("method", METHODS)
+def test_nothing_to_train(method: str) -> None:
+    everything_frozen = make(bias=True, rank=3).to(
+        torch.float32, ("hidden", "weight", "bias", "lora_a", "lora_b")
+    )
+    trained = make(bias=True, rank=3).to(torch.float32)
+    loss = ours(everything_frozen, method=method)[0]
+    with torch.no_grad():
+        quiet = ours(trained, method=method)[0]
+    assert not loss.requires_grad
+    assert not quiet.requires_grad
+    torch.testing.assert_close(loss, ours(trained, method=method)[0].detach(), rtol=1e-6, atol=0)
+    assert torch.equal(loss, quiet)
 
 
-def make_like(problem: Problem, dtype: torch.dtype) -> Problem:
-    return Problem(problem.hidden, problem.weight, problem.bias, problem.labels).to(dtype)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("rank", [0, 3])
+@pytest.mark.parametrize("method", METHODS)
+def test_autocast_takes_float32_weights(method: str, rank: int, dtype: torch.dtype) -> None:
+    """What is given in float32 is cast, also where a layer before made the hidden states low already."""
+    low = make(bias=True, rank=rank, softcap=6.0).to(dtype)
+    expected = results(low, ours(low, method=method))
+    for hidden_dtype in (torch.float32, dtype):
+        master = make(bias=True, rank=rank, softcap=6.0).to(torch.float32)
+        hidden = master.parts["hidden"].detach().to(hidden_dtype).requires_grad_()
+        master = Problem(master.parts | {"hidden": hidden}, master.labels, 1.0, master.options)
+        with torch.autocast("cpu", dtype):
+            answer = ours(master, method=method)
+        found = results(master, answer)
+        assert found["loss"].dtype == found["weight"].dtype == torch.float32
+        for name, value in expected.items():
+            assert torch.equal(found[name].to(value.dtype), value), name
 
 
-def test_reference_returns_what_exact_does_not_yet() -> None:
-    problem = make().to(torch.float64)
-    losses, lse = our_loss(problem, method="reference", reduction="none", return_lse=True)
-    logits = problem.hidden @ problem.weight.T
-    torch.testing.assert_close(lse, logits.logsumexp(-1), rtol=1e-12, atol=0)
-    expected = F.cross_entropy(logits, problem.labels, reduction="none")
-    torch.testing.assert_close(losses, expected, rtol=1e-12, atol=0)
+@pytest.mark.parametrize("forward_too", [True, False])
+@pytest.mark.parametrize(("method", "options"), [case for case in BY_METHOD if case[0] != "reference"])
+def test_a_backward_inside_autocast_is_the_same(method: str, options: dict, forward_too: bool) -> None:
+    found = []
+    for inside in (False, True):
+        problem = make(**options).to(torch.float32)
+        with torch.autocast("cpu", torch.bfloat16, enabled=forward_too):
+            answer = ours(problem, method=method)
+        with torch.autocast("cpu", torch.bfloat16, enabled=inside):
+            found.append(results(problem, answer))
+    for name, value in found[0].items():
+        assert torch.equal(found[1][name], value), name
 
 
 @pytest.mark.parametrize(
-    ("option", "named"),
-    [
-        ({"method": "recompute"}, "method='recompute'"),
-        ({"method": "filtered"}, "method='filtered'"),
-        ({"reduction": "none"}, "reduction='none'"),
-        ({"return_lse": True}, "return_lse"),
-        ({"filter_eps": 1e-4}, "filter_eps"),
-        ({"group": object()}, "group="),
-    ],
+    "dtype", [torch.bool, torch.int64, torch.float64, torch.bfloat16, torch.float16], ids=str
 )
-def test_what_is_not_there_yet_is_named(option: dict, named: str) -> None:
-    problem = make().to(torch.float32)
-    with pytest.raises(NotImplementedError, match=named.replace("(", r"\(")):
-        our_loss(problem, **option)
+@pytest.mark.parametrize("method", METHODS)
+def test_token_weights_of_any_dtype(method: str, dtype: torch.dtype) -> None:
+    hidden, weight, labels = torch.randn(70001, 4), torch.randn(9, 4), torch.randint(0, 9, (70001,))
+    weights = torch.ones(70001, dtype=dtype)  # more than float16 can count to
+    weights[:100] = 0
+    found = linear_cross_entropy(hidden, weight, labels, token_weights=weights, method=method)
+    expected = F.cross_entropy(hidden[100:] @ weight.T, labels[100:])
+    torch.testing.assert_close(found.float(), expected, rtol=1e-5, atol=0)
 
 
-def test_a_label_outside_the_vocabulary_raises() -> None:
-    problem = make().to(torch.float32)
-    problem.labels[5] = V
-    with pytest.raises(ValueError, match=rf"labels\[5\]={V}.*vocabulary of {V}"):
-        our_loss(problem)
+@pytest.mark.parametrize("option", ["token_weights", "bias"])
+def test_the_reference_is_float32_whatever_is_beside_it(option: str) -> None:
+    hidden, weight, labels = small()
+    beside = torch.ones(4 if option == "token_weights" else V, dtype=torch.float64)
+    found = linear_cross_entropy(hidden, weight, labels, method="reference", **{option: beside})
+    assert found.dtype == torch.float32
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_weights_of_ignored_tokens_do_not_matter(method: str) -> None:
+    problem, broken = make(token_weights=True), make(token_weights=True)
+    broken.options["token_weights"][broken.labels == -100] = float("nan")
+    assert torch.equal(ours(broken, method=method)[0], ours(problem, method=method)[0])
+
+
+COMPILED = [(method, {"bias": True, "softcap": 5.0, "z_loss": 0.01}) for method in METHODS]
+COMPILED += [("auto", {"shift": True}), ("auto", {"reduction": "none", "return_lse": True, "rank": 3})]
+COMPILED += [
+    ("exact", {"label_smoothing": 0.1, "rank": 3, "token_weights": True}),
+    ("auto", {"filter_eps": 1e-20}),
+]
+
+
+@pytest.mark.parametrize(("method", "options"), COMPILED)
+def test_compiles_without_a_graph_break(method: str, options: dict) -> None:
+    """Forward and backward equal eager's, also at a second number of tokens."""
+    torch._dynamo.reset()
+
+    def run(problem: Problem) -> tuple[Tensor, Tensor | None]:
+        return ours(problem, method=method)
+
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    for shape in ((4, 17), (3, 23)):
+        eager, graph = (make(shape=shape, **options).to(torch.float32) for _ in range(2))
+        expected = results(eager, run(eager))
+        for name, value in results(graph, compiled(graph)).items():
+            torch.testing.assert_close(value, expected[name], rtol=1e-5, atol=1e-7, msg=name)
 
 
 @pytest.mark.gpu
-def test_a_label_outside_the_vocabulary_is_nan_on_a_gpu() -> None:
-    hidden, weight = torch.randn(8, 16, device="cuda"), torch.randn(32, 16, device="cuda")
-    labels = torch.arange(8, device="cuda")
-    labels[3] = 32
-    assert linear_cross_entropy(hidden, weight, labels).isnan()
-
-
-def test_all_problems_with_the_arguments_are_told_at_once() -> None:
-    with pytest.raises(ValueError, match=r"labels \(3,\).*must be integers.*cast one"):
-        linear_cross_entropy(torch.randn(4, D), torch.randn(V, D).double(), torch.zeros(3))
-    with pytest.raises(ValueError, match=r"softcap.*label_smoothing.*z_loss.*reduction"):
-        linear_cross_entropy(
-            torch.randn(4, D),
-            torch.randn(V, D),
-            torch.zeros(4, dtype=torch.long),
-            softcap=-1.0,
-            label_smoothing=1.0,
-            z_loss=-1.0,
-            reduction="avg",
-        )
-
-
-def test_chunks_fit_their_memory() -> None:
-    options = LossOptions()
-    # 128,256 words in bf16: 4 bytes in float32 and 2 in bf16 for each logit.
-    assert chunk_tokens(128256, torch.bfloat16, options, 2048) * 128256 * 6 <= 2**31
-    assert chunk_tokens(128256, torch.bfloat16, options, 2048) > 2048
-    assert chunk_tokens(10**9, torch.float32, options, 1) == 1
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_real_sizes_on_a_gpu(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("method", ["exact", "recompute", "filtered"])
+def test_real_sizes_on_a_gpu(method: str, dtype: torch.dtype) -> None:
     torch.backends.cuda.matmul.allow_tf32 = False
-    num_tokens, vocab_size, width = 1025, 32003, 520
-    hidden = torch.randn(num_tokens, width, device="cuda").bfloat16().double()
-    weight = (torch.randn(vocab_size, width, device="cuda") * 0.1).bfloat16().double()
-    labels = torch.randint(0, vocab_size, (num_tokens,), device="cuda")
-    labels[::7] = -100
-    problem = Problem(hidden, weight, torch.zeros(vocab_size, device="cuda"), labels)
-    check(problem, dtype, method="exact", memory_mib=64)
+    problem = make(1025, 32003, 520, bias=True)
+    parts = {name: part.cuda() for name, part in problem.parts.items()}
+    options = {"filter_eps": NO_FILTER} if method == "filtered" else {}
+    check(Problem(parts, problem.labels.cuda(), 1.0, options), dtype, method=method, memory_mib=64)
