@@ -23,7 +23,7 @@ from lm_head_truth import EPS, Gradients, SpotCheck, facts, gradients, relative_
 from torch import Tensor
 
 ERROR_TOKENS = 1024
-REPEATS, QUICK_REPEATS = 2, 2
+REPEATS, QUICK_REPEATS = 2, 1
 LONG_TOKENS = 16384  # from here on a step takes a third of a second, and others' most of a second or more
 LOSS_TOLERANCE = 1e-2
 GRADIENT_TOLERANCE = 5e-2

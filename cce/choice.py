@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
+from .chunks import filter_memory_mib
+
 logger = logging.getLogger(__name__)
 
 METHODS = ("auto", "exact", "recompute", "filtered", "reference")
@@ -34,6 +36,8 @@ def choose_method(
     filter_eps: float | str,
     label_smoothing: float,
     needs_gradient: bool,
+    memory_mib: int | None,
+    reports: bool,
 ) -> str:
     """The method that is run; "auto" is resolved, anything else checked against the other options.
 
@@ -66,11 +70,20 @@ def choose_method(
         problems.append("group= needs method='recompute' or 'auto'; the reference knows one process")
     if filter_eps != "auto" and method not in ("auto", "filtered"):
         problems.append(f"filter_eps={filter_eps!r} has no effect with method={method!r}; take 'filtered'")
+    if reports and method not in ("auto", "filtered"):
+        problems.append(f"filter_report has nothing to tell of method={method!r}; take 'filtered'")
+    least_mib = filter_memory_mib(*weight.shape) if weight.is_cuda and weight.requires_grad else 0
+    if method == "filtered" and memory_mib is not None and memory_mib < least_mib:
+        problems.append(
+            f"memory_mib={memory_mib} is too little for method='filtered', which takes {least_mib} MiB "
+            "beside the gradients of this head; take method='exact'"
+        )
     if problems:
         raise ValueError("linear_cross_entropy: " + "; ".join(problems) + ".")
     if method != "auto":
         return method
-    choice = _choose(weight, late, filter_eps, label_smoothing, needs_gradient)
+    room = memory_mib is None or memory_mib >= least_mib
+    choice = _choose(weight, late, filter_eps, label_smoothing, needs_gradient, room)
     if not torch.compiler.is_compiling():
         _say_once(choice)
     return choice.method
@@ -82,11 +95,14 @@ def _choose(
     filter_eps: float | str,
     label_smoothing: float,
     needs_gradient: bool,
+    room: bool,
 ) -> Choice:
     if late:
         return Choice("recompute", f"{', '.join(late)}: gradients must wait for backward")
     if not needs_gradient:
         return Choice("recompute", "no gradient is wanted, and its forward stores nothing")
+    if filter_eps != "auto" and not room:
+        return Choice("exact", "memory_mib leaves no room for a filter")
     if filter_eps != "auto" and not label_smoothing:
         share = None if torch.compiler.is_compiling() else _share_that_counts(weight)
         if share is not None and share > FULL_ENOUGH:
@@ -115,8 +131,15 @@ class _Watch:
         self.passed_over = 0  # calls without the filter
 
     def look(self) -> None:
-        if self.coming is not None and self.arrived.query():
+        if self.coming is None or _is_capturing():
+            return
+        if self.arrived.query():
             self.sums, self.coming = self.coming, None
+
+
+def _is_capturing() -> bool:
+    """Whether a CUDA graph is being captured, in which asking an event would break it."""
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
 _watched: WeakIdKeyDictionary = WeakIdKeyDictionary()
@@ -129,11 +152,12 @@ def watch(weight: Tensor, sums: Tensor) -> None:
         seen.sums = sums
         return
     seen.look()
-    if seen.coming is None and not torch.cuda.is_current_stream_capturing():
-        seen.coming = torch.empty(sums.shape, dtype=sums.dtype, pin_memory=True)
-        seen.coming.copy_(sums, non_blocking=True)
-        seen.arrived = torch.cuda.Event()
-        seen.arrived.record()
+    if seen.coming is None and not _is_capturing():
+        with torch.cuda.device_of(sums):
+            seen.coming = torch.empty(sums.shape, dtype=sums.dtype, pin_memory=True)
+            seen.coming.copy_(sums, non_blocking=True)
+            seen.arrived = torch.cuda.Event()
+            seen.arrived.record()
 
 
 def last_living_share(weight: Tensor) -> float | None:

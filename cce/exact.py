@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from importlib.util import find_spec
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from . import portable
+from .chunks import SORT_FROM_TOKENS, Chunks, plan
 from .head import Gradients, Head, Needs, Statistics, Tokens, refuse_second_order, wide_dtype
 from .options import LossOptions
 from .recompute import head_statistics_backward, kernels_for
@@ -125,7 +127,7 @@ class _ExactLoss(torch.autograd.Function):
             of_head = [left.weight, left.bias, left.outer]
             found = _kept_op(*late, ctx.vocab_size, upstream, of_head)
             for need, index, gradient in zip(of_head, (1, 2, 4), found, strict=True):
-                scaled[index] = gradient if need else scaled[index]
+                scaled[index] = gradient.to(ctx.dtypes[index]) if need else scaled[index]
         # An empty gradient of something that was wanted: there were no tokens, or no words.
         for index, (need, gradient) in enumerate(zip(ctx.needs, scaled, strict=True)):
             if need and gradient is None:
@@ -208,17 +210,19 @@ def _exact_op(
         nothing = _or_empty((None,) * 5, hidden)
         empty = (hidden.new_empty(0), report, labels.new_empty(0))
         return (loss, *_or_empty(gradients, hidden), *empty, *nothing)
-    chunks = kernels.plan(hidden.shape[0], *weight.shape, wanted, memory_mib, filtered=filter_eps > 0)
-    found = kernels.exact_loss(
-        tokens,
-        head,
-        token_weights,
-        z_loss=z_loss,
-        needs=wanted,
-        chunks=chunks,
-        filter_eps=filter_eps,
-        report_dropped=report_dropped,
-    )
+    chunks = _plan(kernels, hidden, weight, wanted, memory_mib, filter_eps)
+    # Triton launches on the current device, wherever the tensors are.
+    with torch.cuda.device_of(hidden):
+        found = kernels.exact_loss(
+            tokens,
+            head,
+            token_weights,
+            z_loss=z_loss,
+            needs=wanted,
+            chunks=chunks,
+            filter_eps=filter_eps,
+            report_dropped=report_dropped,
+        )
     lse = found.lse if chunks.defer_weight else found.lse.new_empty(0)
     words = labels.new_empty(0) if found.words is None else found.words
     kept = _or_empty(found.kept or (None,) * 5, hidden)
@@ -250,11 +254,11 @@ def _(
     num_words = 0
     kept = [hidden.new_empty(0) for _ in range(5)]
     if kernels is not None:
-        chunks = kernels.plan(num_tokens, *weight.shape, wanted, memory_mib, filtered=filter_eps > 0)
+        chunks = _plan(kernels, hidden, weight, wanted, memory_mib, filter_eps)
         num_rows, defer_weight, defer_hidden, keep = chunks
         if keep:
             kept = kernels.kept_like(hidden, weight, inner, num_rows)
-        if filter_eps > 0 and num_tokens >= kernels.SORT_FROM_TOKENS:
+        if filter_eps > 0 and num_tokens >= SORT_FROM_TOKENS:
             num_words = weight.shape[0]
     of_tokens = wide if hidden.dtype == torch.float16 else hidden.dtype
     gradients = []
@@ -262,7 +266,7 @@ def _(
         if not getattr(wanted, name) or (defer_weight or keep if name in OF_HEAD else defer_hidden):
             gradients.append(hidden.new_empty(0))
         else:
-            gradients.append(torch.empty_like(like, dtype=wide if name in OF_HEAD else of_tokens))
+            gradients.append(like.new_empty(like.shape, dtype=wide if name in OF_HEAD else of_tokens))
     lse = hidden.new_empty(num_tokens if defer_weight else 0, dtype=wide if defer_weight else hidden.dtype)
     report = hidden.new_empty(4, dtype=torch.float64)
     return (hidden.new_empty((), dtype=wide), *gradients, lse, report, labels.new_empty(num_words), *kept)
@@ -284,7 +288,8 @@ def _kept_op(
 
     kept = fused.KeptExponentials(exponentials, hidden, inner, scale, num_row_tiles)
     weight, bias, outer = needs
-    found = fused.head_gradients(kept, vocab_size, factor, Needs(weight=weight, bias=bias, outer=outer))
+    with torch.cuda.device_of(hidden):
+        found = fused.head_gradients(kept, vocab_size, factor, Needs(weight=weight, bias=bias, outer=outer))
     return tuple(_or_empty((found.weight, found.bias, found.outer), hidden))
 
 
@@ -297,11 +302,13 @@ def _(exponentials, hidden, inner, scale, num_row_tiles, vocab_size, factor, nee
 @torch.library.custom_op("longseq::scaled", mutates_args=())
 def _scaled_op(gradient: Tensor, factor: Tensor, dtype: torch.dtype, rows: Tensor | None) -> Tensor:
     """`gradient * factor` in `dtype`, multiplied wide and rounded once; row i goes to row `rows[i]`."""
-    out = torch.empty_like(gradient, dtype=dtype)
-    if gradient.is_cuda and gradient.dim() == 2 and find_spec("triton") is not None:
+    out = gradient.new_empty(gradient.shape, dtype=dtype)
+    narrow = gradient.dtype != torch.float64  # the kernel multiplies in float32
+    if gradient.is_cuda and gradient.dim() == 2 and narrow and find_spec("triton") is not None:
         from .kernels.weights import scale_rows
 
-        scale_rows(gradient, factor, out, rows=rows)
+        with torch.cuda.device_of(gradient):
+            scale_rows(gradient, factor, out, rows=rows)
         return out
     if rows is None:
         return torch.mul(gradient, factor, out=out)
@@ -311,7 +318,25 @@ def _scaled_op(gradient: Tensor, factor: Tensor, dtype: torch.dtype, rows: Tenso
 
 @_scaled_op.register_fake
 def _(gradient, factor, dtype, rows):
-    return torch.empty_like(gradient, dtype=dtype)
+    return gradient.new_empty(gradient.shape, dtype=dtype)
+
+
+def _plan(
+    kernels: ModuleType,
+    hidden: Tensor,
+    weight: Tensor,
+    needs: Needs,
+    memory_mib: int | None,
+    filter_eps: float,
+) -> Chunks:
+    return plan(
+        hidden.shape[0],
+        *weight.shape,
+        needs,
+        memory_mib,
+        filtered=filter_eps > 0,
+        processors=kernels.logits.processors(hidden),
+    )
 
 
 def _or_empty(tensors: Sequence[Tensor | None], like: Tensor) -> list[Tensor]:

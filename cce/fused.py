@@ -13,28 +13,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .chunks import SORT_FROM_TOKENS, Chunks, words_per_chunk
 from .head import IGNORED, Gradients, Head, Needs, Statistics, Tokens
 from .kernels import labels, living_tiles, logits, products, rows, strips, weights
 from .kernels.logits import RowTiles
-from .kernels.tuning import LOGITS, TILE, chunk_tiles, max_splits
+from .kernels.tuning import LOGITS, TILE
 
-DEFAULT_MEMORY_MIB = 1024
-MIN_WORDS = 8192
-"""Words of a chunk in backward from which their products keep the GPU busy."""
-MIB = 2**20
-
-
-SORT_FROM_TOKENS = 4096
-"""Tokens from which a filter puts the words in order: a copy of the weight, about 0.6 ms for 1 GiB."""
-
-
-class Chunks(NamedTuple):
-    """How a problem is cut."""
-
-    num_tokens: int  # of a chunk
-    defer_weight: bool = False  # the head's gradients wait for backward, where they need no float32 sum
-    defer_hidden: bool = False  # so do those of the tokens
-    keep: bool = False  # the head's gradients wait, and so do the exponentials that they are made from
+CONTIGUOUS = torch.contiguous_format
 
 
 class KeptExponentials(NamedTuple):
@@ -52,7 +37,7 @@ class ExactResult(NamedTuple):
 
     loss: Tensor  # summed
     gradients: Gradients
-    lse: Tensor  # (N,)
+    lse: Tensor  # (N,), filled where the head's gradients are deferred
     report: Tensor  # (4,) float64: living tiles, tiles, dropped probability, tokens that count
     words: Tensor | None = None  # (V,): the word of each row of the head's gradients, if not its own
     kept: KeptExponentials | None = None
@@ -65,9 +50,10 @@ def aligned(tokens: Tokens, head: Head) -> tuple[Tokens, Head]:
         if tensor is None:
             return None
         row_bytes = tensor.stride(0) * tensor.itemsize if tensor.dim() == 2 else 0
-        if tensor.stride(-1) == 1 and row_bytes % 16 == 0 and tensor.data_ptr() % 16 == 0:
+        apart = tensor.dim() == 1 or tensor.stride(0) >= tensor.shape[1]  # an expanded tensor's rows are one
+        if tensor.stride(-1) == 1 and apart and row_bytes % 16 == 0 and tensor.data_ptr() % 16 == 0:
             return tensor
-        return tensor.clone(memory_format=torch.contiguous_format)
+        return tensor.clone(memory_format=CONTIGUOUS)
 
     return (
         Tokens(dense(tokens.hidden), tokens.labels.contiguous(), dense(tokens.inner)),
@@ -81,60 +67,9 @@ def supports(tokens: Tokens, head: Head) -> bool:
     if not hidden.is_cuda or hidden.dtype != torch.bfloat16 or hidden.shape[0] == 0:
         return False
     widths = [hidden.shape[1], *([] if head.outer is None else [head.outer.shape[1]])]
+    if torch.version.hip is not None:  # its capabilities count otherwise
+        return False
     return torch.cuda.get_device_capability(hidden.device)[0] in (9, 10) and all(w % 8 == 0 for w in widths)
-
-
-def plan(
-    num_tokens: int,
-    vocab_size: int,
-    width: int,
-    needs: Needs,
-    memory_mib: int | None,
-    *,
-    filtered: bool = False,
-    itemsize: int = 2,
-    processors: int = 132,
-) -> Chunks:
-    """Cut a problem so that it takes `memory_mib` beside the gradients that it returns.
-
-    A weight's gradient is summed in float32, and its copy in the weight's dtype is not there before backward:
-    its place serves the chunk. Where the memory is too small for the float32 sum, the weight's gradient is
-    left to backward, which remakes the logits: one product more, and no sum of its size. The hidden states'
-    gradient is left to it as well where its own float32 sum fits. And where all exponentials fit, they are
-    kept for backward: the weight's gradient is then one sum over all tokens, and needs no memory of its own.
-    """
-    weight_bytes = vocab_size * width * itemsize if needs.weight else 0
-    sum_bytes = 4 * vocab_size * width if needs.weight else 0
-    padded = -(-vocab_size // LOGITS.columns) * LOGITS.columns
-    # Exponentials; a copy of the hidden states; and, where memory is counted so closely, a filter's notes.
-    token_bytes = padded * itemsize + width * itemsize
-    token_bytes += 8 * padded // TILE if filtered and memory_mib is not None else 0
-    row_tiles = -(-num_tokens // TILE)
-
-    def fits(tiles: int, budget: int) -> bool:
-        parts = max_splits(tiles, vocab_size, width) if needs.hidden else 0
-        return tiles * TILE * (token_bytes + 4 * width * parts) <= budget
-
-    hidden_bytes = num_tokens * width * itemsize if needs.hidden else 0
-    whole = DEFAULT_MEMORY_MIB * MIB + sum_bytes if memory_mib is None else memory_mib * MIB
-    # In backward a scaled copy of the hidden states, and of their gradient, stands beside the exponentials.
-    if needs.weight and not filtered and fits(row_tiles, whole - 2 * hidden_bytes):
-        return Chunks(row_tiles * TILE, keep=True)
-    budget = (memory_mib or DEFAULT_MEMORY_MIB) * MIB + weight_bytes
-    if memory_mib is not None:
-        budget -= sum_bytes
-        if filtered and num_tokens >= SORT_FROM_TOKENS:
-            budget -= vocab_size * width * itemsize  # the words in order
-    defer = False
-    if memory_mib is not None and needs.weight and not filtered:
-        small = sum_bytes + hidden_bytes > memory_mib * MIB  # as they stand side by side in backward
-        defer = small or not fits(min(row_tiles, 8), budget)
-    if defer:
-        budget = memory_mib * MIB
-        if num_tokens * (width * 4 + MIN_WORDS * itemsize) <= budget:
-            return Chunks(num_tokens, defer_weight=True, defer_hidden=True)
-    most = next((tiles for tiles in range(row_tiles, 1, -1) if fits(tiles, budget)), 1)
-    return Chunks(chunk_tiles(row_tiles, most, vocab_size, width, processors) * TILE, defer)
 
 
 def exact_loss(
@@ -223,7 +158,7 @@ def head_gradients(kept: KeptExponentials, vocab_size: int, factor: Tensor, need
     if needs.bias:
         total = kept.hidden.new_empty(vocab_size, dtype=torch.float32)
         weights.column_sums(kept.exponentials, kept.scale, total, tiles.count, TILE, add=False)
-        found["bias"] = (total * factor).to(kept.hidden.dtype)
+        found["bias"] = total * factor
     return Gradients(**found)
 
 
@@ -286,7 +221,9 @@ def _in_order(tokens: Tokens, head: Head) -> tuple[Tokens, Head, Tensor]:
         mean_logits += head.outer @ mean(tokens.inner).T
     if head.bias is not None:
         mean_logits += head.bias.unsqueeze(-1)
-    lifted = torch.logsumexp(mean_logits.float() * head.logit_scale, dim=-1)
+    # NaN where an ignored token of the stretch holds one.
+    mean_logits = (mean_logits.float() * head.logit_scale).nan_to_num(nan=-1e30)
+    lifted = torch.logsumexp(mean_logits, dim=-1)
     words = torch.sort(lifted, dim=0, stable=True).indices
     place = torch.empty_like(words)
     place[words] = torch.arange(len(words), device=words.device)
@@ -372,33 +309,6 @@ def statistics_backward(
     )
 
 
-def words_per_chunk(
-    num_tokens: int,
-    vocab_size: int,
-    width: int,
-    needs: Needs,
-    memory_mib: int | None,
-    *,
-    processors: int,
-    itemsize: int = 2,
-) -> int:
-    """Words whose gradient fits beside the hidden states' float32 sum, in tiles that fill the processors."""
-    budget = (memory_mib or DEFAULT_MEMORY_MIB // 2) * MIB
-    if needs.hidden and memory_mib is not None:
-        budget -= num_tokens * width * 4
-    tile = LOGITS.columns
-    most = max(1024, budget // (num_tokens * itemsize))
-    most = min(-(-vocab_size // tile), most // tile) * tile
-    columns = -(-width // LOGITS.columns)
-
-    def waste(words: int) -> float:
-        tiles = words // TILE * columns
-        return -(-tiles // processors) * processors / tiles
-
-    candidates = range(max(tile, most // 2 // tile * tile), most + 1, tile)
-    return min(candidates, key=lambda words: (round(waste(words), 2), -words))
-
-
 class _Workspace:
     """The buffers of a chunk, made once, and the gradients that chunks add up to."""
 
@@ -438,10 +348,10 @@ class _Workspace:
             self.scaled_inner = self.rows["inner"] if outer else None
             self.inner_parts = self._parts(num_rows, vocab_size, rank, hidden) if needs.inner else None
         self.gradients = Gradients(
-            torch.zeros_like(hidden) if needs.hidden else None,
+            torch.zeros_like(hidden, memory_format=CONTIGUOUS) if needs.hidden else None,
             new(vocab_size, width, **wide) if weight else None,
             new(vocab_size, **wide) if bias else None,
-            torch.zeros_like(tokens.inner) if needs.inner else None,
+            torch.zeros_like(tokens.inner, memory_format=CONTIGUOUS) if needs.inner else None,
             new(*head.outer.shape, **wide) if outer else None,
         )
 
@@ -558,9 +468,9 @@ def _zeros_to_add_to(tokens: Tokens, head: Head, needs: Needs) -> dict[str, Tens
     if needs.inner:
         found["inner"] = hidden.new_zeros(1, *tokens.inner.shape, dtype=torch.float32)
     if needs.weight:
-        found["weight"] = torch.empty_like(head.weight)
+        found["weight"] = hidden.new_empty(head.weight.shape)
     if needs.outer:
-        found["outer"] = torch.empty_like(head.outer)
+        found["outer"] = hidden.new_empty(head.outer.shape)
     if needs.bias:
         found["bias"] = hidden.new_empty(head.bias.shape, dtype=torch.float32)
     return found

@@ -47,7 +47,7 @@ def linear_cross_entropy(
     """Cross-entropy of a linear head, without storing its logits.
 
     Args:
-        hidden: Hidden states, `(..., D)`.
+        hidden: Hidden states, `(..., D)`; finite for ignored tokens too, if anything is left to backward.
         weight: The head's weight, `(V, D)`, in the dtype of `hidden` (autocast is honoured).
         labels: Word of each token, `(...)`, or `ignore_index`. A label outside the vocabulary raises on
             the CPU, and under `torch.autograd.detect_anomaly()`; on a GPU, where looking would stall the
@@ -68,14 +68,15 @@ def linear_cross_entropy(
             32nd of the dtype's epsilon. "auto" as a method filters only if a number is given here.
         memory_mib: Memory that may be used beside the gradients, in MiB; with too little for the float32
             sum of the weight's gradient, "exact" remakes the logits in backward. None: a chunk of 1 GiB,
-            and that sum.
+            and that sum, until backward. Not under it: 128 tokens' logits or 256 words' gradients, and for
+            "recompute" a float32 sum of the hidden states' gradient.
         return_lse: Return each token's log-sum-exp too, shaped like `labels`, 0 for ignored tokens.
         group: Process group over which the vocabulary is split, in order of rank, evenly or not: `weight`
             and `bias` are this process' rows, labels are words of the whole. The group is asked who holds
             what once for each weight; where a weight is a new tensor every call, give a `VocabShard`.
         lora: Low-rank adapter of the head, `(A, B, scale)` with `A (R, D)` and `B (V, R)`: as if `weight`
             were `weight + scale * B @ A`, which is never made.
-        filter_report: Is told what "filtered" kept and dropped.
+        filter_report: Is told what "filtered" kept and dropped (nothing where "auto" takes another).
 
     Returns:
         The loss in float32 (float64 for float64 inputs): a scalar, or shaped like `labels` for "none".
@@ -84,13 +85,17 @@ def linear_cross_entropy(
         ValueError: Shapes, dtypes or options that do not fit, or (CPU) a label outside the vocabulary.
         NotImplementedError: Weights of tokens that require a gradient.
     """
+    if isinstance(logit_scale, Tensor):
+        raise NotImplementedError(
+            "logit_scale as a tensor, which would get no gradient: scale hidden by it, or pass a float."
+        )
     options = LossOptions(ignore_index, softcap, logit_scale, label_smoothing, z_loss, reduction)
     own_weight = weight  # autocast makes a new one each call
     hidden, weight, bias, lora = _autocast(hidden, weight, bias, lora)
     _check_shapes(hidden, weight, labels, bias, token_weights, lora, shift)
     labels = labels.long()
-    if memory_mib is not None and memory_mib < 1:
-        raise ValueError(f"memory_mib={memory_mib} must be at least 1, or None to let the method choose.")
+    if memory_mib is not None and not (isinstance(memory_mib, int) and memory_mib >= 1):
+        raise ValueError(f"memory_mib={memory_mib} must be a whole number from 1, or None for the default.")
     if token_weights is not None and token_weights.requires_grad:
         raise NotImplementedError("token_weights that require a gradient; pass token_weights.detach().")
     adapters = lora[:2] if lora else ()
@@ -108,6 +113,8 @@ def linear_cross_entropy(
             filter_eps=filter_eps,
             label_smoothing=label_smoothing,
             needs_gradient=torch.is_grad_enabled() and trained > 0,
+            memory_mib=memory_mib,
+            reports=filter_report is not None,
         ),
     )
     shard = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 REDUCTIONS = ("mean", "sum", "none")
@@ -31,12 +32,14 @@ class LossOptions:
 
     def __post_init__(self) -> None:
         problems = []
-        if self.softcap is not None and not self.softcap > 0:
-            problems.append(f"softcap={self.softcap} must be positive; None turns it off")
+        if self.softcap is not None and not 0 < self.softcap < math.inf:
+            problems.append(f"softcap={self.softcap} must be positive and finite; None turns it off")
+        if not math.isfinite(self.logit_scale):
+            problems.append(f"logit_scale={self.logit_scale} must be finite")
         if not 0.0 <= self.label_smoothing < 1.0:
             problems.append(f"label_smoothing={self.label_smoothing} must be in [0, 1)")
-        if not self.z_loss >= 0.0:
-            problems.append(f"z_loss={self.z_loss} must be 0 or more")
+        if not 0.0 <= self.z_loss < math.inf:
+            problems.append(f"z_loss={self.z_loss} must be 0 or more, and finite")
         if self.reduction not in REDUCTIONS:
             problems.append(f"reduction={self.reduction!r} must be one of {', '.join(REDUCTIONS)}")
         if problems:

@@ -210,12 +210,15 @@ class _Sums:
         wide = wide_dtype(tokens.hidden.dtype)
         # What is not written by a first chunk has to be 0.
         self.is_empty = tokens.labels.shape[0] == 0
-        make = torch.zeros_like if self.is_empty else torch.empty_like
-        self.hidden = torch.empty_like(tokens.hidden, dtype=dtype) if needs.hidden else None
-        self.inner = torch.empty_like(tokens.inner, dtype=dtype) if needs.inner else None
-        self.weight = make(head.weight, dtype=wide) if needs.weight else None
-        self.outer = make(head.outer, dtype=wide) if needs.outer else None
-        self.bias = make(head.bias, dtype=wide) if needs.bias else None
+
+        def make(like: Tensor) -> Tensor:
+            return (like.new_zeros if self.is_empty else like.new_empty)(like.shape, dtype=wide)
+
+        self.hidden = tokens.hidden.new_empty(tokens.hidden.shape, dtype=dtype) if needs.hidden else None
+        self.inner = tokens.inner.new_empty(tokens.inner.shape, dtype=dtype) if needs.inner else None
+        self.weight = make(head.weight) if needs.weight else None
+        self.outer = make(head.outer) if needs.outer else None
+        self.bias = make(head.bias) if needs.bias else None
         self._buffer: Tensor | None = None
 
     def chunk(self, rows: slice) -> Tokens:

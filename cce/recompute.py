@@ -6,6 +6,7 @@ and any function of a token's log-probability are then plain PyTorch. Four produ
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from types import ModuleType
 
 import torch
@@ -17,7 +18,7 @@ from .head import Gradients, Head, Needs, Statistics, Tokens, refuse_second_orde
 
 def kernels_for(tokens: Tokens, head: Head) -> ModuleType | None:
     """This library's own kernels where they can take the problem, else None: `portable` takes all."""
-    if not tokens.hidden.is_cuda:
+    if not tokens.hidden.is_cuda or find_spec("triton") is None:
         return None
     from . import fused
 
@@ -100,7 +101,9 @@ def _statistics_op(
     if kernels is None:
         found = portable.statistics(tokens, head, need_mean=need_mean, memory_mib=memory_mib)
     else:
-        found = kernels.statistics(tokens, head, need_mean=need_mean)
+        # Triton launches on the current device, wherever the tensors are.
+        with torch.cuda.device_of(hidden):
+            found = kernels.statistics(tokens, head, need_mean=need_mean)
     return found.lse, found.target, found.lse.new_empty(0) if found.mean is None else found.mean
 
 
@@ -133,7 +136,7 @@ def _backward_op(
     way = kernels_for(tokens, head) or portable
     upstream = Statistics(g_lse, g_target, g_mean)
     # Backward may run inside an autocast that forward was outside of.
-    with torch.autocast(hidden.device.type, enabled=False):
+    with torch.autocast(hidden.device.type, enabled=False), torch.cuda.device_of(hidden):
         found = way.statistics_backward(tokens, head, lse, upstream, Needs(*needs), memory_mib)
     return tuple(hidden.new_empty(0) if value is None else value for value in found)
 
@@ -157,6 +160,6 @@ def _(
 ):
     likes = (hidden, weight, bias, inner, outer)
     return tuple(
-        torch.empty_like(like) if need else hidden.new_empty(0)
+        like.new_empty(like.shape) if need else hidden.new_empty(0)
         for need, like in zip(needs, likes, strict=True)
     )

@@ -16,6 +16,7 @@ pytest.importorskip("triton")
 
 from cce_problems import NAN, capped_logits, in_float64, make, skip_without_kernels, statistics_of
 
+from longseq.cce import chunks as chunks_of
 from longseq.cce import fused
 from longseq.cce.head import IGNORED, Head, Needs, Tokens
 from longseq.cce.kernels import labels as label_kernels
@@ -281,7 +282,7 @@ SHAPES = list(
 def test_plan(memory_mib: int | None) -> None:
     """Chunks are whole tiles, none is needless, and the memory is kept to, unless one tile takes more."""
     for (num_tokens, (vocab_size, width), needs), filtered in itertools.product(SHAPES, (False, True)):
-        chunks = fused.plan(num_tokens, vocab_size, width, needs, memory_mib, filtered=filtered)
+        chunks = chunks_of.plan(num_tokens, vocab_size, width, needs, memory_mib, filtered=filtered)
         case = f"{num_tokens} tokens, {vocab_size} x {width}, {needs}, filtered={filtered}: {chunks}"
         if chunks.defer_hidden:
             assert chunks.defer_weight, case
@@ -292,7 +293,7 @@ def test_plan(memory_mib: int | None) -> None:
         sums = 4 * vocab_size * width if needs.weight and not chunks.defer_weight else 0
         if memory_mib is None:
             assert not chunks.defer_weight, case
-            budget = fused.DEFAULT_MEMORY_MIB * MIB + sums
+            budget = chunks_of.DEFAULT_MEMORY_MIB * MIB + sums
         else:
             budget = memory_mib * MIB
         if chunks.keep:
@@ -312,21 +313,21 @@ def test_plan(memory_mib: int | None) -> None:
 def test_plan_waits_where_memory_is_small() -> None:
     """A float32 sum of the weight's gradient takes 2,004 MiB here; without it, a pass more is made."""
     shape, needs = (8192, 128256, 4096), Needs(True, True)
-    assert fused.plan(*shape, needs, 290).defer_weight
-    assert not fused.plan(*shape, needs, 4000).defer_weight
-    assert not fused.plan(*shape, needs, None).defer_weight
-    assert not fused.plan(*shape, Needs(hidden=True), 290).defer_weight
+    assert chunks_of.plan(*shape, needs, 290).defer_weight
+    assert not chunks_of.plan(*shape, needs, 4000).defer_weight
+    assert not chunks_of.plan(*shape, needs, None).defer_weight
+    assert not chunks_of.plan(*shape, Needs(hidden=True), 290).defer_weight
 
 
 @pytest.mark.parametrize("memory_mib", [None, 1, 290, 20000])
 def test_words_per_chunk(memory_mib: int | None) -> None:
     for num_tokens, (vocab_size, width), needs in SHAPES:
-        words = fused.words_per_chunk(num_tokens, vocab_size, width, needs, memory_mib, processors=132)
+        words = chunks_of.words_per_chunk(num_tokens, vocab_size, width, needs, memory_mib, processors=132)
         assert words % 256 == 0
         assert 256 <= words < vocab_size + 256
-        if words > 1024:
+        if words > 256:
             sums = num_tokens * width * 4 * needs.hidden if memory_mib is not None else 0
-            assert num_tokens * words * 2 + sums <= (memory_mib or fused.DEFAULT_MEMORY_MIB) * MIB
+            assert num_tokens * words * 2 + sums <= (memory_mib or chunks_of.DEFAULT_MEMORY_MIB) * MIB
 
 
 def test_strips_and_splits() -> None:

@@ -252,3 +252,21 @@ def test_real_sizes_on_a_gpu(method: str, dtype: torch.dtype) -> None:
     parts = {name: part.cuda() for name, part in problem.parts.items()}
     options = {"filter_eps": NO_FILTER} if method == "filtered" else {}
     check(Problem(parts, problem.labels.cuda(), 1.0, options), dtype, method=method, memory_mib=64)
+
+
+@pytest.mark.parametrize("method", ["exact", "recompute"])
+def test_a_compiler_is_told_of_the_layouts_that_come_back(method: str) -> None:
+    """Hidden states and weight by columns: what a custom op promises of its outputs is what it returns."""
+    hidden, weight = torch.randn(D, 40).T, torch.randn(D, V).T
+    labels = torch.randint(0, V, (40,))
+    empty = (None, None, None)  # bias, inner, outer
+    needs = [True, True, False, False, False]
+    if method == "exact":
+        op, settings = "exact_loss", (torch.ones(40), None, 1.0, 0.0, 0.0, needs, None, 0.0, False)
+        arguments = (hidden, weight, *empty, labels, *settings)
+    else:
+        op, ones = "head_statistics_backward", torch.ones(40)
+        arguments = (hidden, weight, *empty, labels, ones, ones, ones, None, None, 1.0, needs, None)
+    torch.library.opcheck(
+        getattr(torch.ops.longseq, op).default, arguments, test_utils=("test_schema", "test_faketensor")
+    )

@@ -7,7 +7,7 @@ import torch
 from head_problems import METHODS, D, V, can, make, ours
 from torch import Tensor
 
-from longseq.cce import linear_cross_entropy
+from longseq.cce import FilterReport, linear_cross_entropy
 
 
 def small() -> tuple[Tensor, Tensor, Tensor]:
@@ -24,6 +24,11 @@ def test_a_label_outside_the_vocabulary_raises(method: str, label: int, reductio
     problem.labels[1, 2] = problem.labels[2, 2] = label
     with pytest.raises(ValueError, match=rf"labels\[11\]={label} \(flattened; 2 such\).*{V} words.*-100"):
         ours(problem, method=method)
+
+
+def test_a_scale_that_is_trained_is_refused_rather_than_forgotten() -> None:
+    with pytest.raises(NotImplementedError, match="logit_scale as a tensor"):
+        linear_cross_entropy(*small(), logit_scale=torch.tensor(2.0, requires_grad=True))
 
 
 @pytest.mark.gpu
@@ -95,8 +100,13 @@ def test_all_problems_with_the_arguments_are_told_at_once() -> None:
         ({"method": "filtered", "filter_eps": "high"}, r"filter_eps='high' must be 'auto'"),
         ({"method": "filtered", "filter_eps": float("nan")}, r"filter_eps=nan must be 'auto'"),
         ({"method": "auto", "filter_eps": -1.0}, r"filter_eps=-1.0 must be 'auto'"),
-        ({"memory_mib": 0}, r"memory_mib=0 must be at least 1, or None"),
-        ({"memory_mib": -5}, r"memory_mib=-5 must be at least 1"),
+        ({"memory_mib": 0}, r"memory_mib=0 must be a whole number from 1, or None"),
+        ({"memory_mib": -5}, r"memory_mib=-5 must be a whole number"),
+        ({"memory_mib": 2.5}, r"memory_mib=2.5 must be a whole number"),
+        ({"softcap": float("inf")}, r"softcap=inf must be positive and finite; None"),
+        ({"z_loss": float("inf")}, r"z_loss=inf must be 0 or more, and finite"),
+        ({"logit_scale": float("nan")}, r"logit_scale=nan must be finite"),
+        ({"method": "exact", "filter_report": FilterReport()}, r"filter_report has nothing to tell of"),
     ],
 )
 def test_an_option_that_cannot_be_names_key_value_and_way_out(options: dict, told: str) -> None:
