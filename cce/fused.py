@@ -246,6 +246,15 @@ def statistics(tokens: Tokens, head: Head, *, need_mean: bool) -> Statistics:
     return Statistics(found["lse"], target, found.get("mean"))
 
 
+def look(tokens: Tokens, head: Head) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-probability of the label, entropy and argmax of each token, `(N,)`, in one pass."""
+    tokens, head = aligned(tokens, head)
+    tiles = _living_rows(tokens.labels)
+    running = logits.log_sum_exp_strips(tokens, head, tiles, need_mean=False, extras=True)
+    found = strips.combine_strips(running, head.weight.shape[0], tokens.labels, None)
+    return _targets(tokens, head) - found["lse"], found["entropy"], found["argmax"]
+
+
 def statistics_backward(
     tokens: Tokens,
     head: Head,
