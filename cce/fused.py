@@ -204,7 +204,8 @@ def _in_order(tokens: Tokens, head: Head) -> tuple[Tokens, Head, Tensor]:
     """The words in order of how far any stretch of the tokens lifts them, so that the rest share tiles.
 
     The order is by the log-sum-exp, over stretches, of the mean logit in a stretch. On documents of 512
-    tokens it leaves 37 % of the tiles alive where the mean over all tokens leaves 42 %, and no order 58 %.
+    tokens it leaves 36 % of the tiles alive where the mean over all tokens leaves 41 %, and no order 57 %
+    (benchmarks/results/lm_head_tuning.md).
     """
     num_tokens = tokens.hidden.shape[0]
     num_stretches = max(1, min(64, num_tokens // 512))
