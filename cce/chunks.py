@@ -14,7 +14,7 @@ ITEM_BYTES = 2
 MIN_WORDS = 8192
 """Words of a chunk in backward from which their products keep the GPU busy."""
 SORT_FROM_TOKENS = 4096
-"""Tokens from which a filter puts the words in order: a copy of the weight, about 0.6 ms for 1 GiB."""
+"""Tokens from which a filter puts the words in order, and so pays for a copy of the weight."""
 
 
 class Chunks(NamedTuple):

@@ -223,7 +223,7 @@ def _exact_op(
             filter_eps=filter_eps,
             report_dropped=report_dropped,
         )
-    lse = found.lse if chunks.defer_weight else found.lse.new_empty(0)
+    lse = hidden.new_empty(0) if found.lse is None else found.lse
     words = labels.new_empty(0) if found.words is None else found.words
     kept = _or_empty(found.kept or (None,) * 5, hidden)
     return (found.loss, *_or_empty(found.gradients, hidden), lse, found.report, words, *kept)

@@ -37,7 +37,7 @@ class ExactResult(NamedTuple):
 
     loss: Tensor  # summed
     gradients: Gradients
-    lse: Tensor  # (N,), filled where the head's gradients are deferred
+    lse: Tensor | None  # (N,), where backward remakes a gradient from it
     report: Tensor  # (4,) float64: living tiles, tiles, dropped probability, tokens that count
     words: Tensor | None = None  # (V,): the word of each row of the head's gradients, if not its own
     kept: KeptExponentials | None = None
@@ -93,7 +93,7 @@ def exact_loss(
         tokens, head, words = _in_order(tokens, head)
     order, counts = _compact(tokens.labels, chunks.num_tokens)
     work = _Workspace(tokens, head, needs, chunks, filtered=filter_eps > 0, report_dropped=report_dropped)
-    lse = torch.empty(num_tokens, dtype=torch.float32, device=order.device)
+    lse = torch.empty(num_tokens, dtype=torch.float32, device=order.device) if chunks.defer_weight else None
     losses = torch.empty(len(counts), chunks.num_tokens, dtype=torch.float32, device=order.device)
     report = torch.zeros(4, dtype=torch.float64, device=order.device)
     for index, (count, num_tiles, again) in enumerate(counts):
@@ -115,7 +115,7 @@ def exact_loss(
             scaled_inner=work.scaled_inner,
         )
         losses[index] = found["loss"]
-        if chunks.defer_weight:
+        if lse is not None:
             end = min(num_tokens, start + chunks.num_tokens)
             lse.index_copy_(0, order[start:end], found["lse"][: end - start])
         kept = _filter(work, head, found, count, num_tiles, filter_eps, report) if filter_eps > 0 else None

@@ -102,20 +102,17 @@ def linear_cross_entropy(
     parameters = [t for t in (hidden, weight, bias, *adapters) if t is not None]
     trained = sum(int(t.requires_grad) for t in parameters)
     eps = resolve_eps(filter_eps, hidden.dtype) if method in ("auto", "filtered") else 0.0
-    asked, method = (
+    chosen = choose_method(
         method,
-        choose_method(
-            method,
-            own_weight,
-            reduction=reduction,
-            return_lse=return_lse,
-            split=group is not None,
-            filter_eps=filter_eps,
-            label_smoothing=label_smoothing,
-            needs_gradient=torch.is_grad_enabled() and trained > 0,
-            memory_mib=memory_mib,
-            reports=filter_report is not None,
-        ),
+        own_weight,
+        reduction=reduction,
+        return_lse=return_lse,
+        split=group is not None,
+        filter_eps=filter_eps,
+        label_smoothing=label_smoothing,
+        needs_gradient=torch.is_grad_enabled() and trained > 0,
+        memory_mib=memory_mib,
+        reports=filter_report is not None,
     )
     shard = None
     if group is not None:
@@ -130,7 +127,7 @@ def linear_cross_entropy(
     flat_weights = None if token_weights is None else token_weights.reshape(-1)
     hidden = hidden.reshape(-1, hidden.shape[-1])
     with torch.autocast(hidden.device.type, enabled=False):
-        if method == "reference":
+        if chosen == "reference":
             whole = weight if lora is None else weight + lora[2] * (lora[1] @ lora[0])
             _rows_of_labels(flat_labels, 0, weight.shape[0], weight.shape[0], ignore_index)
             loss, lse = reference_linear_cross_entropy(
@@ -142,24 +139,23 @@ def linear_cross_entropy(
             outer = None if lora is None else lora[1]
             head = Head(weight, bias, outer, softcap, float(logit_scale))
             tokens = Tokens(hidden, flat_labels, inner)
-            if method == "recompute":
+            if chosen == "recompute":
                 loss, lse = _from_statistics(tokens, head, flat_weights, options, memory_mib, shard)
             else:
-                loss, lse = _in_one_pass(
+                filtering = chosen == "filtered"
+                loss, sums = _in_one_pass(
                     tokens,
                     head,
                     flat_weights,
                     options,
                     memory_mib,
-                    eps if method == "filtered" else 0.0,
+                    eps if filtering else 0.0,
                     filter_report is not None,
                 )
-                if method == "filtered":
-                    sums, lse = lse, None
-                    if filter_report is not None:
-                        filter_report.add(sums)
-                    if asked == "auto" and not torch.compiler.is_compiling():
-                        watch(own_weight, sums)
+                if filtering and filter_report is not None:
+                    filter_report.add(sums)
+                if filtering and method == "auto" and not torch.compiler.is_compiling():
+                    watch(own_weight, sums)
     loss = loss.reshape(shape) if reduction == "none" else loss
     return (loss, lse.reshape(shape)) if return_lse else loss
 

@@ -97,7 +97,6 @@ def gather_rows(
     *,
     row_weights: Tensor | None = None,
     copies: dict[str, Tensor] | None = None,
-    above_target: float = REFERENCE_ABOVE_TARGET,
 ) -> Tensor:
     """Capped logit of the label of rows `order[start:][:num_rows]`, `(num_rows,)`; 0 past `count`.
 
@@ -132,7 +131,7 @@ def gather_rows(
         head.outer.shape[1] if adapted else 0,
         float(head.logit_scale),
         float(head.softcap or 0.0),
-        above_target,
+        REFERENCE_ABOVE_TARGET,
         COPY=bool(copies),
         HAS_OUTER=adapted,
         HAS_BIAS=head.bias is not None,
