@@ -12,15 +12,19 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
-from .attention import local_attention
+from .attention import attention_backward, attention_forward, local_attention
+from .attention_kernels import AttentionOptions, Documents
 from .groups import ProcessGroups
 from .sequence import has_restarts, offsets_from_positions
 
 ATTENTION_NAME = "longseq"
 """Name under which transformers finds this attention; what it does is kept on each layer's own instance."""
-UNKNOWN_OPTIONS = ("softcap", "s_aux", "sliding_window", "position_bias")
+UNKNOWN_OPTIONS = ("s_aux", "position_bias")
 """What some families hand their attention beside the tensors, and what would change its numbers."""
+LAYER_TYPES = frozenset({"full_attention", "sliding_attention"})
+"""transformers' names of the layers that this attention does; others show in masks that it does not take."""
 
 
 @torch.library.custom_op("longseq::all_to_all", mutates_args=())
@@ -37,22 +41,20 @@ def _(blocks: Tensor, group_name: str) -> Tensor:
     return torch.empty_like(blocks)
 
 
-def _keep_group(ctx: Any, inputs: tuple, output: Tensor) -> None:
-    ctx.group_name = inputs[1]
-
-
-def _send_back(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-    return _all_to_all(grad.contiguous(), ctx.group_name), None
-
-
-_all_to_all.register_autograd(_send_back, setup_context=_keep_group)
-
-
 class UlyssesAttention:
-    """Causal attention of a sequence that is spread over a process group."""
+    """Causal attention of a sequence that is spread over a process group.
+
+    A call is differentiable. `forward` and `backward` are the same without autograd, for layers that decide
+    themselves what waits between the two.
+    """
 
     def __init__(self, groups: ProcessGroups) -> None:
         self._groups = groups
+
+    @property
+    def sp_size(self) -> int:
+        """Ranks that share a sequence."""
+        return self._groups.sp_size
 
     def check_heads(self, num_heads: int, num_kv_heads: int) -> None:
         """Refuse head counts that the degree does not divide.
@@ -75,34 +77,129 @@ class UlyssesAttention:
         value: Tensor,  # (B, K, S, H)
         *,
         scale: float,
-        document_offsets: Tensor | None = None,
+        window: int | None = None,
+        softcap: float | None = None,
+        document_offsets: Tensor | Documents | None = None,
     ) -> Tensor:
         """Attention output of this rank's tokens, `(B, N, S, H)`; offsets are those of the whole sequence."""
-        size = self._groups.sp_size
-        if size == 1:
-            return local_attention(query, key, value, scale=scale, document_offsets=document_offsets)
-        num_heads, num_kv_heads = query.shape[1] // size, key.shape[1] // size
-        packed = torch.cat([_heads_by_rank(tensor, size) for tensor in (query, key, value)], dim=2)
-        whole = _join_tokens(_all_to_all(packed, self._groups.sp.group_name))
+        if self._groups.sp_size > 1:
+            # Between the exchanges lies the whole sequence: it stays for backward, which need not send it.
+            query, key, value = _Exchange.apply(self._groups, query, key, value)
         out = local_attention(
-            *whole.split([num_heads, num_kv_heads, num_kv_heads], dim=1),
+            *(query, key, value),
             scale=scale,
+            window=window,
+            softcap=softcap,
             document_offsets=document_offsets,
         )
-        # (B, N/P, P*S, H) -> (P, B, N/P, S, H): each rank's tokens go home, with the heads of this rank
-        home = out.unflatten(2, (size, -1)).permute(2, 0, 1, 3, 4)
-        back = _all_to_all(home.contiguous(), self._groups.sp.group_name)
-        return back.transpose(0, 1).flatten(1, 2)
+        return out if self._groups.sp_size == 1 else _Return.apply(self._groups, out)
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        options: AttentionOptions,
+        document_offsets: Tensor | Documents | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """`attention_forward` of a sequence that ranks share; two collectives, nothing is kept.
+
+        Args:
+            query: This rank's queries, `(B, N, S, H)`.
+            key: Its keys, `(B, K, S, H)`.
+            value: Its values, like the keys.
+            options: Scale, window, softcap and kernel.
+            document_offsets: Of the whole sequence.
+
+        Returns:
+            This rank's output, `(B, N, S, H)`, and the log-sum-exp of this rank's heads over all tokens, in a
+            layout of the kernel's own, for `backward` on the same rank.
+        """
+        if self._groups.sp_size == 1:
+            return attention_forward(query, key, value, options, document_offsets)
+        whole = _to_heads(self._groups, query, key, value)
+        out, lse = attention_forward(*whole, options, document_offsets)
+        return _to_tokens(self._groups, out)[0], lse
+
+    def backward(
+        self,
+        grad_out: Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        options: AttentionOptions,
+        document_offsets: Tensor | Documents | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients of this rank's queries, keys and values; two collectives.
+
+        Args:
+            grad_out: Gradient of this rank's output, `(B, N, S, H)`.
+            query: As `forward` was given them, here and below.
+            key: Likewise.
+            value: Likewise.
+            out: The output that `forward` gave.
+            lse: The log-sum-exp that it gave.
+            options: The same options.
+            document_offsets: The same documents.
+        """
+        if self._groups.sp_size == 1:
+            return attention_backward(grad_out, query, key, value, out, lse, options, document_offsets)
+        *tensors, out, grad_out = _to_heads(self._groups, query, key, value, out, grad_out)
+        grads = attention_backward(grad_out, *tensors, out, lse, options, document_offsets)
+        return tuple(_to_tokens(self._groups, *grads))
 
 
-def _heads_by_rank(tensor: Tensor, size: int) -> Tensor:
-    """`(B, N, S, H)` -> `(P, B, N/P, S, H)`: block p holds the heads of rank p."""
-    return tensor.unflatten(1, (size, -1)).transpose(0, 1)
+def _to_heads(groups: ProcessGroups, *tensors: Tensor) -> tuple[Tensor, ...]:
+    """All heads of this rank's tokens -> this rank's heads of all tokens, in one exchange.
+
+    Blocks have their tokens first: what came from the ranks then already is the whole sequence, and each
+    tensor `(B, n, L, H)` is a view of it.
+    """
+    size = groups.sp_size
+    # (B, N, S, H) -> (P, S, B, N/P, H): block p holds the heads of rank p
+    blocks = [tensor.unflatten(1, (size, -1)).permute(1, 3, 0, 2, 4) for tensor in tensors]
+    whole = _all_to_all(torch.cat(blocks, dim=3), groups.sp.group_name).flatten(0, 1)
+    return whole.permute(1, 2, 0, 3).split([block.shape[3] for block in blocks], dim=1)
 
 
-def _join_tokens(blocks: Tensor) -> Tensor:
-    """`(P, B, n, S, H)`, block p the tokens of rank p -> `(B, n, P*S, H)`."""
-    return blocks.permute(1, 2, 0, 3, 4).flatten(2, 3)
+def _to_tokens(groups: ProcessGroups, *tensors: Tensor) -> list[Tensor]:
+    """The way back from `_to_heads`, in one exchange; each `(B, N, S, H)` is laid out as `(B, S, N, H)`."""
+    size = groups.sp_size
+    # (B, n, P*S, H) -> (P, S, B, n, H): each rank's tokens go home, with the heads of this rank
+    blocks = [tensor.unflatten(2, (size, -1)).permute(2, 3, 0, 1, 4) for tensor in tensors]
+    home = _all_to_all(torch.cat(blocks, dim=3), groups.sp.group_name)
+    parts = home.split([block.shape[3] for block in blocks], dim=3)
+    return [part.permute(2, 1, 0, 3, 4).flatten(2, 3).transpose(1, 2) for part in parts]
+
+
+class _Exchange(torch.autograd.Function):
+    """`_to_heads` of queries, keys and values, with the way back for their gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, groups: ProcessGroups, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.groups = groups
+        return _to_heads(groups, *tensors)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return None, *_to_tokens(ctx.groups, *grads)
+
+
+class _Return(torch.autograd.Function):
+    """`_to_tokens` of attention's output, with the way there for its gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, groups: ProcessGroups, out: Tensor) -> Tensor:
+        ctx.groups = groups
+        return _to_tokens(groups, out)[0]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[None, Tensor]:
+        return None, _to_heads(ctx.groups, grad_out)[0]
 
 
 def apply_ulysses(model: nn.Module, groups: ProcessGroups | None = None) -> UlyssesHandle:
@@ -116,8 +213,8 @@ def apply_ulysses(model: nn.Module, groups: ProcessGroups | None = None) -> Ulys
         A handle whose `undo()` restores the model's own attention.
 
     Raises:
-        ValueError: Head counts that the degree does not divide, a model with sliding-window attention or
-            without decoder layers, or one that has this attention already.
+        ValueError: Head counts that the degree does not divide, a model whose layers are not all causal
+            attention (full or within a sliding window), or one that has this attention already.
     """
     return UlyssesHandle(model, groups or ProcessGroups())
 
@@ -129,15 +226,16 @@ class UlyssesHandle:
         causal_lm = model.get_base_model() if hasattr(model, "get_base_model") else model
         layers = _attention_layers(causal_lm)
         config = causal_lm.config
-        _refuse_windows(config)
+        windows = _windows_of_layers(config, layers)
         attention = UlyssesAttention(groups)
         attention.check_heads(config.num_attention_heads, config.num_key_value_heads)
         _register_with_transformers()
         self._causal_lm = causal_lm
         self._earlier = config._attn_implementation
         self._layers = layers
-        for layer in self._layers:
+        for layer, window in zip(self._layers, windows, strict=True):
             layer.longseq_attention = attention
+            layer.longseq_window = window
         causal_lm.set_attn_implementation(ATTENTION_NAME)
         self._hook = causal_lm.register_forward_pre_hook(_InputCheck(groups), with_kwargs=True)
 
@@ -148,7 +246,7 @@ class UlyssesHandle:
         self._hook.remove()
         self._causal_lm.set_attn_implementation(self._earlier)
         for layer in self._layers:
-            del layer.longseq_attention
+            del layer.longseq_attention, layer.longseq_window
         self._layers = []
 
 
@@ -179,6 +277,9 @@ class _InputCheck:
                     f"position_ids restart inside a batch of {position_ids.shape[0]} rows: packed documents "
                     "need one row; concatenate the rows."
                 )
+        if isinstance(kwargs.get("document_offsets"), Tensor):
+            # Read once here, and sent to the device once, instead of once a layer.
+            kwargs = {**kwargs, "document_offsets": Documents.of(kwargs["document_offsets"])}
         return args, kwargs
 
     def _check_shard(self, given: dict[str, Any], position_ids: Tensor | None) -> None:
@@ -215,13 +316,21 @@ def _attention_layers(causal_lm: nn.Module) -> list[nn.Module]:
     return attentions
 
 
-def _refuse_windows(config: Any) -> None:
-    layer_types = set(getattr(config, "layer_types", None) or ())
-    if "sliding_attention" in layer_types or (not layer_types and getattr(config, "sliding_window", None)):
+def _windows_of_layers(config: Any, layers: list[nn.Module]) -> list[int | None]:
+    """The sliding window that the config gives each layer."""
+    window = getattr(config, "sliding_window", None)
+    types = getattr(config, "layer_types", None)
+    unknown = sorted(set(types or ()) - LAYER_TYPES)
+    if unknown:
         raise ValueError(
-            f"sliding_window={getattr(config, 'sliding_window', None)}: sliding-window attention is not "
-            "there yet; set sliding_window to None to train with full attention."
+            f"layer_types has {unknown[0]}, which this attention does not do; it does "
+            f"{' and '.join(sorted(LAYER_TYPES))}."
         )
+    if any(getattr(layer, "is_causal", True) is False for layer in layers):
+        raise ValueError("the model's attention sees tokens that come later; this attention is causal.")
+    if types is None:
+        return [window] * len(layers)
+    return [window if kind == "sliding_attention" else None for kind in types]
 
 
 def _register_with_transformers() -> None:
@@ -239,7 +348,9 @@ def _attention_of_layer(
     attention_mask: Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
-    document_offsets: Tensor | None = None,
+    document_offsets: Tensor | Documents | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """What transformers calls: `(B, N, S, H)` in, `(B, S, N, H)` out."""
@@ -251,6 +362,12 @@ def _attention_of_layer(
             f"{type(module).__name__} asks for {unknown[0]}={kwargs[unknown[0]]!r}, which this attention "
             "does not do."
         )
+    if sliding_window != module.longseq_window:
+        # Some families put the window into the mask alone, which is never made here.
+        raise ValueError(
+            f"{type(module).__name__} asks for sliding_window={sliding_window}, its config for "
+            f"{module.longseq_window}: this attention cannot tell which it is."
+        )
     device = query.device.type
     if torch.is_autocast_enabled(device):
         # Rotary embedding has made queries and keys float32 again: the kernels would refuse the mixture
@@ -258,5 +375,11 @@ def _attention_of_layer(
         dtype = torch.get_autocast_dtype(device)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    out = module.longseq_attention(query, key, value, scale=scale, document_offsets=document_offsets)
+    out = module.longseq_attention(
+        *(query, key, value),
+        scale=scale,
+        window=sliding_window,
+        softcap=softcap,
+        document_offsets=document_offsets,
+    )
     return out.transpose(1, 2), None

@@ -8,19 +8,26 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
-import torch.distributed as dist
 from torch import Tensor, nn
 
+from ..distributed.attention_kernels import Documents
+from .decoder_layer import StreamedLayer, StreamOptions
 from .families import CausalLMParts, find_parts
+from .final_norm import fused_norm
+from .inputs import document_offsets, no_mask
+from .layer_memory import Chain
+from .layer_places import PlaceChooser, parse_save_attention
 from .lm_head import lm_head_loss
 from .low_rank import as_linear_head
 from .mini_sequence import mini_sequence
+from .placement import Placement, parse_placement
+from .probe import check_numbers, probe_hidden
 from .tiling import choose_tile_tokens
+from .token_norm import is_rms_norm
 
 logger = logging.getLogger(__name__)
 
 LOSSES = ("cce", "mini_sequence", "logits")
-CHECKPOINTS = ("auto", "none", "gpu")
 _MISSING = object()
 
 
@@ -29,51 +36,106 @@ def apply_mini_sequence(
     *,
     tile_tokens: int | str | None = "auto",
     head_groups: int | str = "auto",
-    checkpoints: str = "auto",
-    save_attention: bool = False,
+    checkpoints: str | Placement = "auto",
+    save_attention: bool | int | str = False,
     loss: str = "cce",
     loss_memory_mib: int | None = None,
+    layers: str | None = None,
+    attention_kernel: str = "auto",
 ) -> MiniSequenceHandle:
     """Make a causal language model train on long sequences; its numbers stay what they were.
 
-    Every MLP runs tile by tile, the loss comes from the head without storing the logits, and each layer
-    keeps its input alone. `model(input_ids=..., labels=...)` works as before, except that `logits` is None
-    while a loss is asked for. Instances are patched, never classes.
+    Decoder layers are streamed: each keeps its input alone, and its backward runs attention by groups of
+    heads and the MLP by tiles of tokens (see decoder_layer.py). The loss comes from the head without storing
+    the logits. `model(input_ids=..., labels=...)` works as before, except that `logits` is None while a loss
+    is asked for; generation uses the model's own layers. Instances are patched, never classes.
 
     Args:
         model: A Hugging Face causal LM of a known family, or peft's wrapper of one.
-        tile_tokens: Tokens of a mini-sequence, "auto", or None to leave the MLPs as they are.
-        head_groups: "auto" or 1; attention by groups of heads is not there yet.
-        checkpoints: "gpu" keeps each layer's input and rebuilds the rest in backward, "none" leaves the
-            model's own setting alone, "auto" is "gpu".
-        save_attention: Not there yet.
+        tile_tokens: Tokens of a mini-sequence, "auto", or None for one tile.
+        head_groups: Groups of key/value heads that attention runs in, one after the other; "auto" takes as
+            many as cost no time. A number must divide the key/value heads.
+        checkpoints: Where layer inputs wait for backward: "gpu", "host" (pinned memory, copied beside the
+            computing), a `Placement` (the last m on the GPU, only every k-th kept), or "auto", which decides
+            by the memory there is. "none" streams no layer: MLPs run by tiles, and what else is kept is left
+            to the model's own setting.
+        save_attention: Keep attention's output and log-sum-exp too, which spares its second forward for 8 KiB
+            a token and layer of a Llama-3-8B: of every layer "gpu" or "host", of the last so many layers on
+            the GPU (a number), or True, of as many as there is room for.
         loss: "cce" (cut cross-entropy), "mini_sequence" (the head itself, tile by tile) or "logits" (as
             it was).
         loss_memory_mib: MiB that the loss may take beside its gradients; None lets the method choose.
+        layers: For a model of no known family, where its decoder layers are ("model.layers"). They must be
+            built like those of a known one; that is checked by name and, on a few tokens, in numbers.
+        attention_kernel: "auto", or one of longseq.distributed.attention by name.
 
     Returns:
         A handle whose `undo()` gives the model back as it was.
 
     Raises:
-        ValueError: An option that does not exist, a model of no known family, or one that has mini-sequences.
-        NotImplementedError: An option that is not there yet.
+        ValueError: An option that does not exist or does nothing here, a model whose layers fit no known
+            pattern, or one that has mini-sequences.
     """
-    _check_options(tile_tokens, head_groups, checkpoints, save_attention, loss)
-    parts = find_parts(model)
+    placement = parse_placement(checkpoints)
+    _check_options(tile_tokens, head_groups, placement, save_attention, loss)
+    parts = find_parts(model, layers)
+    saved = parse_save_attention(save_attention, len(parts.layers))
     if isinstance(getattr(parts.causal_lm, "_mini_sequence_handle", None), MiniSequenceHandle):
         raise ValueError("the model has mini-sequences already; call handle.undo() first.")
+    before = None if parts.known or placement is None else probe_hidden(parts)
     handle = MiniSequenceHandle(parts)
-    recomputes_layers = checkpoints in ("auto", "gpu")
-    if recomputes_layers:
-        handle.enable_layer_checkpoints()
-    for mlp in parts.mlps if tile_tokens is not None else ():
-        handle.patch_tiled(mlp, _tiled_mlp(mlp, mlp.forward, tile_tokens, parts.causal_lm, recomputes_layers))
+    if placement is None:
+        for layer in parts.parts if tile_tokens is not None else ():
+            mlp = layer.mlp
+            handle.patch_tiled(mlp, _tiled_mlp(mlp, mlp.forward, tile_tokens, layer.intermediate_size))
+    else:
+        options = StreamOptions(tile_tokens, head_groups, attention_kernel)
+        _stream_layers(handle, parts, options, PlaceChooser(model, len(parts.layers), placement, saved))
+        try:
+            check_numbers(parts, before)
+        except ValueError:
+            handle.undo()
+            raise
     if loss != "logits":
         if loss == "cce" and as_linear_head(parts.lm_head) is None:
             logger.info("the LM head is a %s: its loss goes by mini-sequences.", type(parts.lm_head).__name__)
-        handle.patch_tiled(parts.lm_head, _head_with_loss(parts.lm_head, loss, loss_memory_mib))
-        handle.patch(parts.causal_lm, _forward_without_logits(parts))
+        handle.patch_tiled(parts.lm_head, _head_with_loss(parts, loss, loss_memory_mib))
+    if loss != "logits" or placement is not None:
+        handle.patch(
+            parts.causal_lm,
+            _causal_lm_forward(parts, without_logits=loss != "logits", streamed=placement is not None),
+        )
     return handle
+
+
+def _stream_layers(
+    handle: MiniSequenceHandle, parts: CausalLMParts, options: StreamOptions, choose: PlaceChooser
+) -> None:
+    chain = Chain(len(parts.layers), choose)
+    for index, (module, layer_parts) in enumerate(zip(parts.layers, parts.parts, strict=True)):
+        layer_parts.head_groups(options.head_groups, 1)  # refuses a number that does not divide
+        layer = StreamedLayer(module, layer_parts, index, options, chain)
+        handle.patch_tiled(module, _as_forward_of(module, layer.forward))
+    norm = parts.final_norm
+    if norm is not None and is_rms_norm(norm):
+        handle.patch(norm, functools.partial(_final_norm, norm, norm.forward, chain))
+
+
+def _as_forward_of(module: nn.Module, forward: Callable) -> Callable:
+    """With the name and signature that transformers looks at."""
+
+    @functools.wraps(module.forward)
+    def patched(*args, **kwargs):
+        return forward(*args, **kwargs)
+
+    patched.__signature__ = inspect.signature(module.forward)
+    return patched
+
+
+def _final_norm(norm: nn.Module, original: Callable, chain: Chain, hidden_states: Tensor) -> Tensor:
+    if norm.weight.dtype != hidden_states.dtype:
+        return original(hidden_states)  # whose result is wider than its input
+    return fused_norm(norm, hidden_states, chain.gradients)
 
 
 class MiniSequenceHandle:
@@ -82,7 +144,7 @@ class MiniSequenceHandle:
     def __init__(self, parts: CausalLMParts) -> None:
         self._parts = parts
         self._patched: list[tuple[nn.Module, Any]] = []
-        self._had_checkpoints: bool | None = None
+        self._switched_off: list[nn.Module] = []
         parts.causal_lm._mini_sequence_handle = self
 
     def patch(self, module: nn.Module, forward: Callable) -> None:
@@ -97,14 +159,16 @@ class MiniSequenceHandle:
         # ranks whose tile counts differ would wait for each other for ever.
         module.gathers_whole = True
 
-    def enable_layer_checkpoints(self) -> None:
-        """Keep only each decoder layer's input for backward."""
-        causal_lm = self._parts.causal_lm
-        self._had_checkpoints = any(getattr(m, "gradient_checkpointing", False) for m in causal_lm.modules())
-        if not self._had_checkpoints:
-            enable = getattr(causal_lm, "activation_checkpointing_enable", None)
-            enable = enable or causal_lm.gradient_checkpointing_enable  # its name before transformers 5.18
-            enable({"use_reentrant": False})
+    def leave_checkpoints_to_layers(self) -> None:
+        """Switch transformers' own layer checkpoints off: a streamed layer inside one would run thrice."""
+        for layer in self._parts.layers:
+            if getattr(layer, "gradient_checkpointing", False):
+                layer.gradient_checkpointing = False
+                if not self._switched_off:
+                    logger.info(
+                        "gradient checkpointing is left to the streamed layers, which do it themselves."
+                    )
+                self._switched_off.append(layer)
 
     def __deepcopy__(self, memo: dict) -> MiniSequenceHandle:
         # The copy's patched forwards would go on computing with this model's weights.
@@ -121,54 +185,49 @@ class MiniSequenceHandle:
             else:
                 module.forward = earlier
         self._patched.clear()
+        for layer in self._switched_off:
+            layer.gradient_checkpointing = True
+        self._switched_off.clear()
         causal_lm = self._parts.causal_lm
-        if self._had_checkpoints is False:
-            disable = getattr(causal_lm, "activation_checkpointing_disable", None)
-            (disable or causal_lm.gradient_checkpointing_disable)()
-        self._had_checkpoints = None
         if getattr(causal_lm, "_mini_sequence_handle", None) is self:
             del causal_lm._mini_sequence_handle
 
 
 def _check_options(
-    tile_tokens: int | str | None, head_groups: int | str, checkpoints: str, save_attention: bool, loss: str
+    tile_tokens: int | str | None,
+    head_groups: int | str,
+    placement: Placement | str | None,
+    save_attention: bool | int | str,
+    loss: str,
 ) -> None:
-    if tile_tokens not in ("auto", None) and (not isinstance(tile_tokens, int) or tile_tokens < 1):
+    if tile_tokens not in ("auto", None) and (
+        not isinstance(tile_tokens, int) or isinstance(tile_tokens, bool) or tile_tokens < 1
+    ):
         raise ValueError(f"tile_tokens={tile_tokens!r} must be 'auto', None or a positive number of tokens.")
+    if head_groups != "auto" and (
+        not isinstance(head_groups, int) or isinstance(head_groups, bool) or head_groups < 1
+    ):
+        raise ValueError(f"head_groups={head_groups!r} must be 'auto' or a positive number of groups.")
     if loss not in LOSSES:
         raise ValueError(f"loss={loss!r} must be one of {', '.join(LOSSES)}.")
-    if checkpoints in ("host",):
-        raise NotImplementedError("checkpoints='host' (layer inputs in host memory) is not there yet.")
-    if checkpoints not in CHECKPOINTS:
-        raise ValueError(f"checkpoints={checkpoints!r} must be one of {', '.join(CHECKPOINTS)}.")
-    if head_groups not in ("auto", 1):
-        raise NotImplementedError(
-            f"head_groups={head_groups!r} (attention by groups of heads) is not there yet."
-        )
-    if save_attention:
-        raise NotImplementedError(
-            "save_attention=True (attention's output kept for backward) is not there yet."
+    if placement is None and (save_attention or head_groups != "auto"):
+        asked = f"save_attention={save_attention!r}" if save_attention else f"head_groups={head_groups!r}"
+        raise ValueError(
+            f"{asked} is for streamed layers, and checkpoints='none' streams none; choose another."
         )
 
 
 def _tiled_mlp(
-    mlp: nn.Module,
-    original: Callable[[Tensor], Tensor],
-    tile_tokens: int | str,
-    causal_lm: nn.Module,
-    recomputes_layers: bool,
+    mlp: nn.Module, original: Callable[[Tensor], Tensor], tile_tokens: int | str, intermediate_size: int
 ) -> Callable[[Tensor], Tensor]:
-    intermediate_size = causal_lm.config.intermediate_size
     has_dropout = any(isinstance(module, nn.Dropout) and module.p > 0 for module in mlp.modules())
 
     @functools.wraps(original)
     def forward(hidden: Tensor) -> Tensor:
-        num_tokens = hidden.shape[:-1].numel()
         tile = tile_tokens
         if tile == "auto":
+            num_tokens = hidden.shape[:-1].numel()
             tile = choose_tile_tokens(num_tokens, intermediate_size, hidden.dtype.itemsize)
-        if num_tokens <= tile and recomputes_layers and mlp.training and not _is_one_of_several():
-            return original(hidden)  # the layer's own checkpoint already holds it to one tile
         return mini_sequence(
             original,
             hidden,
@@ -180,18 +239,9 @@ def _tiled_mlp(
     return forward
 
 
-def _is_one_of_several() -> bool:
-    """Whether other ranks may cut other lengths.
-
-    Gradients of a tiled MLP arrive together, those of a plain one layer by layer. ZeRO 2 and 3 reduce in the
-    order of arrival: a rank with a short row beside one with a long row would add up different weights.
-    """
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-
-
-def _head_with_loss(head: nn.Module, loss: str, memory_mib: int | None) -> Callable:
+def _head_with_loss(parts: CausalLMParts, loss: str, memory_mib: int | None) -> Callable:
     """The loss is made inside the head's own call, so that hooks that gather its weight (ZeRO-3) fire."""
-    original = head.forward
+    head, original = parts.lm_head, parts.lm_head.forward
 
     @functools.wraps(original)
     def forward(
@@ -204,28 +254,45 @@ def _head_with_loss(head: nn.Module, loss: str, memory_mib: int | None) -> Calla
         if labels is None:
             return original(hidden)
         return lm_head_loss(
-            head, original, hidden, labels, shift=shift, num_items=num_items, loss=loss, memory_mib=memory_mib
+            head,
+            original,
+            hidden,
+            labels,
+            shift=shift,
+            num_items=num_items,
+            loss=loss,
+            memory_mib=memory_mib,
+            softcap=parts.softcap,
+            logit_scale=parts.logit_scale,
         )
 
     return forward
 
 
-def _forward_without_logits(parts: CausalLMParts) -> Callable:
+def _causal_lm_forward(parts: CausalLMParts, *, without_logits: bool, streamed: bool) -> Callable:
+    """The model's forward: inputs told to streamed layers, and a loss that needs no logits."""
     causal_lm, original = parts.causal_lm, parts.causal_lm.forward
     signature = inspect.signature(original)
 
     @functools.wraps(original)
     def forward(*args, **kwargs):
         named = signature.bind(*args, **kwargs).arguments
-        extra = named.pop("kwargs", {})
-        labels, shift_labels = named.pop("labels", None), extra.pop("shift_labels", None)
-        if labels is None and shift_labels is None:
-            return original(*args, **kwargs)
-        return_dict = extra.pop("return_dict", True)
-        num_items = extra.pop("num_items_in_batch", None)
-        named.pop("logits_to_keep", None)
+        named.update(named.pop("kwargs", {}))
+        labels, shift_labels = named.get("labels"), named.get("shift_labels")
+        has_loss = labels is not None or shift_labels is not None
+        if not has_loss and not causal_lm.training:
+            return original(*args, **kwargs)  # generation, or logits that somebody wants
         named.setdefault("use_cache", False)  # a training step would keep every key and value twice
-        outputs = parts.decoder(**named, **extra)
+        if streamed:
+            causal_lm._mini_sequence_handle.leave_checkpoints_to_layers()
+            _tell_layers(named, parts)
+        if not has_loss or not without_logits:
+            return original(**named)
+        for name in ("labels", "shift_labels", "logits_to_keep"):
+            named.pop(name, None)
+        return_dict = named.pop("return_dict", True)
+        num_items = named.pop("num_items_in_batch", None)
+        outputs = parts.decoder(**named)
         is_shifted = shift_labels is not None
         loss = parts.lm_head(
             outputs.last_hidden_state,
@@ -238,6 +305,27 @@ def _forward_without_logits(parts: CausalLMParts) -> Callable:
     forward.__signature__ = signature  # the Trainer reads the columns it may pass from here
     forward.__self__ = causal_lm
     return forward
+
+
+def _tell_layers(named: dict[str, Any], parts: CausalLMParts) -> None:
+    """Replace masks by document bounds: no mask of L x L is made, and streamed layers take none."""
+    mask, cache = named.get("attention_mask"), named.get("past_key_values")
+    is_plain = mask is None or (isinstance(mask, Tensor) and mask.dim() == 2)
+    if cache is not None or not is_plain:
+        return  # layers then run as transformers wrote them
+    inputs = named.get("input_ids")
+    inputs = named["inputs_embeds"] if inputs is None else inputs
+    positions = named.get("position_ids")
+    if hasattr(parts.parts[0].attention, "longseq_attention"):
+        positions = None  # read by that attention, over all ranks of the sequence
+    offsets = named.get("document_offsets")
+    if offsets is None:
+        offsets = document_offsets(inputs.shape[0], inputs.shape[1], positions, mask)
+    if isinstance(offsets, Tensor):
+        offsets = Documents.of(offsets)  # one object for all layers: the bounds go to the GPU once
+    if offsets is not None:
+        named["document_offsets"] = offsets
+    named["attention_mask"] = no_mask(inputs.device)
 
 
 def _causal_lm_output(loss: Tensor, outputs: Any, return_dict: bool | None) -> Any:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..cce.linear_cross_entropy import linear_cross_entropy
-from .low_rank import LinearHead, as_linear_head
+from .low_rank import LinearParts, as_linear_head
 from .mini_sequence import mini_sequence
 
 IGNORE_INDEX = -100
@@ -27,6 +27,8 @@ def lm_head_loss(
     num_items: Tensor | float | None,
     loss: str,
     memory_mib: int | None = None,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
 ) -> Tensor:
     """Summed negative log-likelihood over `num_items`, or its mean over the labels that count.
 
@@ -40,10 +42,12 @@ def lm_head_loss(
         num_items: What the sum is divided by; None takes the number of labels that count.
         loss: "cce" or "mini_sequence".
         memory_mib: MiB that the loss may take beside its gradients.
+        softcap: Logits become `softcap * tanh(logits / softcap)`, after the scale.
+        logit_scale: Factor of the logits.
     """
     if shift:
         labels = F.pad(labels[..., 1:], (0, 1), value=IGNORE_INDEX)
-    linear: LinearHead | None = as_linear_head(head) if loss == "cce" else None
+    linear: LinearParts | None = as_linear_head(head) if loss == "cce" else None
     if linear is not None:
         total = linear_cross_entropy(
             hidden,
@@ -53,9 +57,16 @@ def lm_head_loss(
             lora=linear.lora,
             reduction="sum",
             memory_mib=memory_mib,
+            softcap=softcap,
+            logit_scale=logit_scale,
         )
     else:
-        total = _tiled_loss(head, apply_head, hidden, labels, memory_mib)
+
+        def logits_of(tile: Tensor) -> Tensor:
+            logits = apply_head(tile) * logit_scale if logit_scale != 1.0 else apply_head(tile)
+            return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+
+        total = _tiled_loss(head, logits_of, hidden, labels, memory_mib)
     if num_items is None:
         num_items = (labels != IGNORE_INDEX).sum().clamp(min=1)
     if isinstance(num_items, Tensor):

@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from training_samples import VOCAB, tiny_llama
-from transformers import AutoConfig, AutoModelForCausalLM, MistralConfig, MistralForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from longseq.distributed import ProcessGroups, apply_ulysses
+from longseq.distributed.attention_kernels import Documents
 from longseq.distributed.ulysses import UlyssesAttention
 
 OFFSETS = (0, 13, 14, 37)
@@ -120,39 +122,99 @@ def test_attention_dropout_is_refused() -> None:
         model(input_ids=ids_of())
 
 
-def test_a_sliding_window_is_refused() -> None:
-    config = MistralConfig(
-        hidden_size=32,
-        intermediate_size=80,
-        num_hidden_layers=1,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=VOCAB,
-        sliding_window=16,
-    )
-    with pytest.raises(ValueError, match="sliding_window=16"):
-        apply_ulysses(MistralForCausalLM(config))
-    config.sliding_window = None
-    apply_ulysses(MistralForCausalLM(config))
+def small_model(family: str, **fields: Any) -> nn.Module:
+    sizes = {"hidden_size": 32, "intermediate_size": 80, "num_hidden_layers": 2, "vocab_size": VOCAB}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(family, **sizes, **heads, **fields)
+    return AutoModelForCausalLM.from_config(config, attn_implementation="eager").double()
 
 
-def test_what_a_family_asks_of_its_attention_is_not_swallowed() -> None:
-    config = AutoConfig.for_model(
-        "gemma2",
-        hidden_size=32,
-        intermediate_size=80,
-        num_hidden_layers=1,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        vocab_size=VOCAB,
-        layer_types=["full_attention"],
-        attn_logit_softcapping=50.0,
-    )
-    model = AutoModelForCausalLM.from_config(config)
+def loss_and_grads(model: nn.Module, ids: Tensor) -> dict[str, Tensor]:
+    model.zero_grad()
+    out = model(input_ids=ids, labels=ids, use_cache=False)
+    out.loss.backward()
+    grads = {name: param.grad.clone() for name, param in model.named_parameters()}
+    return {"logits": out.logits.detach(), **grads}
+
+
+WINDOWED = {
+    "mistral": {"sliding_window": 9, "initializer_range": 0.5},
+    "gemma2": {
+        "sliding_window": 9,
+        "attn_logit_softcapping": 2.0,
+        "query_pre_attn_scalar": 5,
+        "initializer_range": 0.5,
+        "layer_types": ["sliding_attention", "full_attention"],
+    },
+}
+
+
+@pytest.mark.parametrize("family", WINDOWED)
+def test_windows_and_softcaps_are_those_of_transformers(family: str) -> None:
+    fields, ids = WINDOWED[family], ids_of(2)
+    model = small_model(family, **fields)
+    wanted = loss_and_grads(model, ids)
+    others = [{"sliding_window": 8}, {"sliding_window": 10}, {"attn_logit_softcapping": 2.1}]
+    for other in others[: 3 if family == "gemma2" else 2]:
+        wrong = loss_and_grads(small_model(family, **{**fields, **other}), ids)
+        assert not torch.allclose(wrong["logits"], wanted["logits"], rtol=1e-3, atol=1e-3)
     apply_ulysses(model)
-    with pytest.raises(ValueError, match=r"Gemma2Attention asks for softcap=50\.0"):
+    for name, value in loss_and_grads(model, ids).items():
+        # transformers' eager attention takes its softmax in float32, whatever the model's dtype.
+        torch.testing.assert_close(value, wanted[name], rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_a_window_that_the_layer_does_not_ask_for_is_not_left_out() -> None:
+    model = small_model("gemma2", **WINDOWED["gemma2"])
+    apply_ulysses(model)
+    model.model.layers[0].self_attn.sliding_window = None
+    with pytest.raises(ValueError, match="asks for sliding_window=None, its config for 9"):
         model(input_ids=ids_of())
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"layer_types": ["full_attention", "chunked_attention"]}, "layer_types has chunked_attention"),
+        ({"is_causal": False}, "sees tokens that come later"),
+    ],
+)
+def test_other_kinds_of_attention_are_refused(fields: dict[str, Any], message: str) -> None:
+    model = tiny_llama()
+    if "layer_types" in fields:
+        model.config.layer_types = fields["layer_types"]
+    else:
+        model.model.layers[1].self_attn.is_causal = False
+    with pytest.raises(ValueError, match=message):
+        apply_ulysses(model)
+    assert not any(hasattr(module, "longseq_attention") for module in model.modules())
+
+
+@pytest.mark.parametrize("option", ["s_aux", "position_bias"])
+def test_what_a_family_asks_of_its_attention_is_not_swallowed(option: str) -> None:
+    model = tiny_llama()
+    apply_ulysses(model)
+    with pytest.raises(ValueError, match=rf"LlamaAttention asks for {option}=1\.0"):
+        model(input_ids=ids_of(), **{option: 1.0})
+
+
+def test_documents_are_read_once_a_call() -> None:
+    model, seen = tiny_llama(), []
+    apply_ulysses(model)
+    inner = model.model.layers[0].self_attn.longseq_attention
+
+    def attention(*tensors: Tensor, document_offsets: Any, **options: Any) -> Tensor:
+        seen.append(document_offsets)
+        return inner(*tensors, document_offsets=document_offsets, **options)
+
+    for layer in model.model.layers:
+        layer.self_attn.longseq_attention = attention
+    model(input_ids=ids_of(), position_ids=restarting_positions())
+    assert isinstance(seen[0], Documents)
+    assert seen[0].bounds == OFFSETS
+    assert len(seen) == 2
+    assert seen[0] is seen[1]
 
 
 def test_a_model_without_decoder_layers_is_refused_by_name() -> None:

@@ -9,6 +9,8 @@ from torch import Tensor
 from training_samples import plain_attention
 
 from longseq.distributed.attention import local_attention
+from longseq.distributed.attention_kernels import Documents
+from longseq.distributed.blockwise_attention import BLOCK_ELEMENTS
 
 HEADS = [(4, 4), (4, 2), (8, 1)]
 DOCUMENTS = [None, (0, 37), (0, 13, 14, 37), (0, 0, 20, 20, 37)]
@@ -80,6 +82,38 @@ def test_a_document_does_not_see_another_change() -> None:
     assert not torch.equal(before[:, :, :13], after[:, :, :13])
 
 
+@pytest.mark.parametrize(
+    ("rules", "documents"),
+    [({}, None), ({"window": 3, "softcap": 0.8}, (0, 4, 9)), ({"window": 4}, None), ({"softcap": 2.0}, None)],
+)
+def test_gradients_are_those_of_finite_differences(rules: dict, documents: tuple[int, ...] | None) -> None:
+    offsets = None if documents is None else torch.tensor(documents)
+
+    def run(*tensors: Tensor) -> Tensor:
+        return local_attention(*tensors, scale=0.4, document_offsets=offsets, **rules)
+
+    assert torch.autograd.gradcheck(run, inputs(4, 2, length=9, head_dim=3))
+
+
+def test_documents_may_be_prepared_once() -> None:
+    tensors = inputs(4, 2)
+    offsets = torch.tensor((0, 13, 14, 37))
+    prepared = local_attention(*tensors, scale=0.25, document_offsets=Documents.of(offsets))
+    assert torch.equal(prepared, local_attention(*tensors, scale=0.25, document_offsets=offsets))
+
+
+@pytest.mark.parametrize("rules", [{}, {"window": 5, "softcap": 2.0}])
+def test_it_compiles_in_one_graph(rules: dict) -> None:
+    tensors = inputs(4, 2)
+
+    def run(*tensors: Tensor) -> Tensor:
+        return local_attention(*tensors, scale=0.25, **rules)
+
+    got = outcome(torch.compile(run, fullgraph=True, backend="aot_eager")(*tensors), tensors)
+    for name, value in outcome(run(*tensors), tensors).items():
+        torch.testing.assert_close(got[name], value, rtol=1e-12, atol=1e-12, msg=name)
+
+
 def test_decoding_with_a_cache_is_refused() -> None:
     query, key, value = inputs(4, 2)
     with pytest.raises(ValueError, match=r"1 queries against 37 keys.*undo\(\)"):
@@ -110,17 +144,16 @@ def test_gpu_kernels_are_as_near_to_the_truth_as_plain_pytorch(
     got = outcome(ours(low, documents), low)
     plain = outcome(plain_attention(*low, documents), low)
     truth = outcome(plain_attention(*exact, documents), exact)
-    # torch's memory-efficient kernel sums block by block, which in float32 costs a bit or so.
-    slack = 3.0 if dtype == torch.float32 else 1.5
     for name, value in got.items():
-        assert_as_accurate_as(value, plain[name], truth[name], slack=slack, name=name)
+        assert_as_accurate_as(value, plain[name], truth[name], name=name)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("packed", [False, True])
 def test_gpu_memory_holds_no_square_of_the_length(packed: bool, dtype: torch.dtype) -> None:
-    length = 16384
+    # float32 goes by blocks of a bounded size: the square must be larger than those.
+    length, blocks = (16384, 0) if dtype == torch.bfloat16 else (65536, 5 * 4 * BLOCK_ELEMENTS)
     tensors = inputs(4, 2, length=length, head_dim=64, device="cuda", dtype=dtype)
     size = tensors[0].nbytes
     documents = (0, 100, 9000, length) if packed else None
@@ -128,5 +161,5 @@ def test_gpu_memory_holds_no_square_of_the_length(packed: bool, dtype: torch.dty
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     ours(tensors, documents).sum().backward()
-    # A dozen tensors like the queries; one byte for each pair of tokens would be 16 to 32 of them more.
-    assert torch.cuda.max_memory_allocated() - before < min(16 * size, length**2)
+    # A dozen tensors like the queries; one byte for each pair of tokens would be 32 of them and more.
+    assert torch.cuda.max_memory_allocated() - before < min(16 * size + blocks, length**2)

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from training_samples import packed_rows, plain_attention, tiny_llama
 
 from longseq.distributed import ProcessGroups, apply_ulysses, shard_batch
+from longseq.distributed.attention import AttentionOptions, local_attention
 from longseq.distributed.ulysses import UlyssesAttention
 
 # Six processes are started, each of which imports PyTorch and most transformers.
@@ -25,6 +26,11 @@ CASES = {
     "as many keys as queries": {"num_heads": 4, "num_kv_heads": 4, "rows": 3},
     "packed": {"num_heads": 8, "num_kv_heads": 4, "documents": [0, 13, 14, 30, 36]},
     "packed with a short end": {"num_heads": 4, "num_kv_heads": 4, "documents": [0, 35, 36]},
+    "window": {"num_heads": 8, "num_kv_heads": 4, "rows": 2, "window": 11},
+    "packed, window, softcap": {
+        **{"num_heads": 4, "num_kv_heads": 4, "documents": [0, 20, 36]},
+        **{"window": 7, "softcap": 1.5},
+    },
 }
 FITTING = {
     (world_size, name): case
@@ -50,27 +56,49 @@ def counted_exchanges():
         dist.all_to_all_single = original
 
 
-def attention_case(num_heads: int, num_kv_heads: int, rows: int = 1, documents: list[int] | None = None):
-    """Largest differences from one process, and how often the ranks exchanged."""
+def attention_case(
+    num_heads: int,
+    num_kv_heads: int,
+    rows: int = 1,
+    documents: list[int] | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+) -> dict:
+    """Largest differences from one process, and what the ranks exchanged: by a call, and explicitly."""
     groups = ProcessGroups.create(dist.get_world_size())
     whole = [
         torch.randn(rows, heads, LENGTH, HEAD_DIM, dtype=torch.float64, requires_grad=True)
         for heads in (num_heads, num_kv_heads, num_kv_heads)
     ]
     grad_out = torch.randn(rows, num_heads, LENGTH, HEAD_DIM, dtype=torch.float64)
-    out = plain_attention(*whole, documents)
+    offsets = None if documents is None else torch.tensor(documents, dtype=torch.int32)
+    rules = {"scale": HEAD_DIM**-0.5, "window": window, "softcap": softcap}
+    if window is None and softcap is None:
+        out = plain_attention(*whole, documents)
+    else:
+        out = local_attention(*whole, **rules, document_offsets=offsets)
     wanted = [out, *torch.autograd.grad(out, whole, grad_out)]
 
     shard = LENGTH // groups.sp_size
     mine = slice(groups.sp_rank * shard, (groups.sp_rank + 1) * shard)
     local = [tensor.detach()[:, :, mine].requires_grad_() for tensor in whole]
-    offsets = None if documents is None else torch.tensor(documents, dtype=torch.int32)
+    attention = UlyssesAttention(groups)
     with counted_exchanges() as exchanges:
-        out = UlyssesAttention(groups)(*local, scale=HEAD_DIM**-0.5, document_offsets=offsets)
-        forward = list(exchanges)
+        out = attention(*local, **rules, document_offsets=offsets)
         got = [out, *torch.autograd.grad(out, local, grad_out[:, :, mine])]
-    differences = [float((a - b[:, :, mine]).abs().max()) for a, b in zip(got, wanted, strict=True)]
-    return {"differences": differences, "forward": forward, "exchanges": len(exchanges)}
+    with counted_exchanges() as explicit_exchanges:
+        out, lse = attention.forward(*local, AttentionOptions(**rules), offsets)
+        grads = attention.backward(grad_out[:, :, mine], *local, out, lse, AttentionOptions(**rules), offsets)
+    explicit = [out, *grads]
+    wanted = [tensor[:, :, mine] for tensor in wanted]
+    return {
+        "differences": [float((a - b).abs().max()) for a, b in zip(got, wanted, strict=True)],
+        "explicit differences": [float((a - b).abs().max()) for a, b in zip(explicit, wanted, strict=True)],
+        "exchanges": exchanges,
+        "explicit exchanges": explicit_exchanges,
+        "traced": any(tensor.requires_grad for tensor in explicit),
+        "lse": [lse.numel(), lse.dtype == torch.float64],
+    }
 
 
 def shard_step(model: nn.Module, groups: ProcessGroups) -> tuple[Tensor, dict[str, Tensor]]:
@@ -149,18 +177,23 @@ def test_output_and_gradients_are_those_of_one_process(
 ) -> None:
     for rank in outcomes[world_size][name]:
         assert max(rank["differences"]) < 1e-12, rank["differences"]
+        assert max(rank["explicit differences"]) < 1e-12, rank["explicit differences"]
+        assert not rank["traced"]
 
 
 @pytest.mark.parametrize(("world_size", "name"), FITTING)
-def test_a_layer_exchanges_twice_forward_and_sends_no_more_than_it_must(
+def test_a_layer_exchanges_twice_each_way_and_sends_no_more_than_it_must(
     outcomes: dict[int, dict[str, list]], world_size: int, name: str
 ) -> None:
     case = CASES[name]
-    one_head = case.get("rows", 1) * LENGTH // world_size * HEAD_DIM * 8
-    wanted = [(case["num_heads"] + 2 * case["num_kv_heads"]) * one_head, case["num_heads"] * one_head]
+    rows, num_heads, num_kv_heads = case.get("rows", 1), case["num_heads"], case["num_kv_heads"]
+    one_head = rows * LENGTH // world_size * HEAD_DIM * 8
+    inputs, output = (num_heads + 2 * num_kv_heads) * one_head, num_heads * one_head
     for rank in outcomes[world_size][name]:
-        assert rank["forward"] == wanted
-        assert rank["exchanges"] == 4
+        assert rank["exchanges"] == [inputs, output, output, inputs]
+        # Nothing was kept between the two: inputs and output go to the heads' ranks again.
+        assert rank["explicit exchanges"] == [inputs, output, inputs + 2 * output, inputs]
+        assert rank["lse"] == [rows * num_heads // world_size * LENGTH, True]
 
 
 def test_layers_that_are_rebuilt_in_backward_keep_their_numbers(

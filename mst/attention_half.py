@@ -1,0 +1,150 @@
+"""The first half of a decoder layer, `x + post_norm(o(attention(q, k, v of norm(x))))`.
+
+Token-wise parts run on tiles, attention on one group of heads after the other (see projections.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .linear_map import TokenMap
+from .projections import Positions, ProjectedHeads, Projections, columns
+from .token_norm import TokenNorm
+from .weight_sums import WeightSums
+
+
+class AttentionHalf:
+    """Everything of a layer up to the MLP's norm."""
+
+    def __init__(
+        self,
+        norm: TokenNorm | None,
+        projections: Projections,
+        output: TokenMap,
+        post_norm: TokenNorm | None,
+        attention: Any,
+        options: Any,
+        dtype: torch.dtype,
+    ) -> None:
+        """`attention` has a `forward` that gives output and log-sum-exp, and a `backward` that takes them."""
+        self._norm, self._projections, self._output, self._post_norm = norm, projections, output, post_norm
+        self._attention, self._options, self._dtype = attention, options, dtype
+
+    def project(
+        self, hidden: Tensor, positions: Positions, num_groups: int, tiles: list[slice], *, keep_normed: bool
+    ) -> ProjectedHeads:
+        """Queries, keys and values of `(B x S, D)`; `keep_normed` trades 2 D bytes a token for time."""
+
+        def norm_tile(tile: slice) -> Tensor:
+            return self._normed(hidden[tile])
+
+        normed: Callable[[slice], Tensor] = norm_tile
+        if keep_normed and not self._projections.at_once(num_groups):
+            whole = torch.empty(hidden.shape, dtype=self._dtype, device=hidden.device)
+            for tile in tiles:
+                self._normed(hidden[tile], out=whole[tile])
+            normed = whole.__getitem__
+        return ProjectedHeads(
+            self._projections, normed, positions, num_groups, tiles, self._dtype, hidden.device
+        )
+
+    def attend(
+        self, projected: ProjectedHeads, positions: Positions, num_groups: int, num_tokens: int
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Attention's output `(B x S, N x H)` and each group's log-sum-exp."""
+        whole: Tensor | None = None
+        log_sums = []
+        for index in range(num_groups):
+            out, log_sum = self._attention.forward(
+                *projected.group(index), self._options, positions.documents
+            )
+            log_sums.append(log_sum)
+            out = out.transpose(1, 2).reshape(num_tokens, -1)
+            if num_groups == 1:
+                return out, log_sums
+            if whole is None:
+                whole = out.new_empty(num_tokens, num_groups * out.shape[1])
+            whole[:, columns(index, out.shape[1])] = out
+            del out
+        assert whole is not None
+        return whole, log_sums
+
+    def join(self, hidden: Tensor, attended: Tensor) -> tuple[Tensor, Tensor | None]:
+        """A tile of `h`, and the output projection where the norm behind it will need it."""
+        if self._post_norm is None:
+            return self._output.forward(attended, residual=hidden), None
+        output = self._output.forward(attended)
+        return self._post_norm.forward(output, dtype=hidden.dtype).add_(hidden), output
+
+    def new_attended_grad(self, num_tokens: int, device: torch.device) -> Tensor | None:
+        """Room for the gradient of attention's output, unless it can be had from `h`'s a group at a time."""
+        if self._post_norm is None and self._output.sliceable:
+            return None
+        return torch.empty(num_tokens, self._projections.heads.widths[0], dtype=self._dtype, device=device)
+
+    def join_backward(
+        self,
+        attended: Tensor,
+        output: Tensor | None,
+        grad: Tensor,
+        attended_grad: Tensor | None,
+        sums: WeightSums,
+    ) -> None:
+        """A tile of the output projection's gradients, from that of `h`."""
+        if self._post_norm is not None:
+            grad = self._post_norm.backward(output, grad, sums)
+        grad = grad.to(self._dtype)
+        if attended_grad is None:
+            self._output.add_weight_grads(attended, grad, sums)
+        else:
+            attended_grad.copy_(self._output.backward(attended, grad, sums))
+
+    def attend_backward(
+        self,
+        projected: ProjectedHeads,
+        positions: Positions,
+        attended: Tensor,
+        log_sums: list[Tensor],
+        grad: Tensor,
+        attended_grad: Tensor | None,
+        sums: WeightSums,
+    ) -> None:
+        """From the gradient of `h` to those of queries, keys and values, which stay with `projected`."""
+        num_groups = len(log_sums)
+        heads = self._projections.heads.group(num_groups)
+        for index in range(num_groups):
+            group = columns(index, heads.widths[0])
+            if attended_grad is None:
+                group_grad = self._output.input_grad(grad.to(self._dtype), columns=group)
+            else:
+                group_grad = attended_grad[:, group]
+            grads = self._attention.backward(
+                positions.heads_first(group_grad, heads.num_heads),
+                *projected.group(index),
+                positions.heads_first(attended[:, group], heads.num_heads),
+                log_sums[index],
+                self._options,
+                positions.documents,
+            )
+            del group_grad
+            projected.put_grads(index, grads, sums)
+            del grads
+
+    def project_backward(
+        self, projected: ProjectedHeads, tile: slice, hidden: Tensor, grad: Tensor, sums: WeightSums
+    ) -> None:
+        """A tile's way back to the layer's input: `grad` `(T, D)` of `h` becomes that of `x`."""
+        normed_grad = projected.backward(tile, sums)
+        if self._norm is None:
+            grad += normed_grad
+        else:
+            self._norm.backward(hidden, normed_grad, sums, residual_grad=grad, out=grad)
+
+    def _normed(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
+        if self._norm is not None:
+            return self._norm.forward(hidden, out=out)
+        return hidden.to(self._dtype) if out is None else out.copy_(hidden)

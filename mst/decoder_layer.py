@@ -1,0 +1,218 @@
+"""The streamed decoder layer: only its input is kept, and backward runs two forwards in all.
+
+Backward rebuilds attention's output (or takes it where it was saved), takes the MLP half forward and backward
+one tile at a time, then attention backward one group of heads at a time, and at last the projections, tile by
+tile. Gradients are written by hand, so that each buffer can take the next one's place: at many groups a token
+costs its input, its gradient, attention's output, keys' and values' gradients and one group's working set.
+Weight gradients sum in float32 and reach autograd once a layer, so hooks on weights fire as they would.
+"""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from .attention_half import AttentionHalf
+from .layer_memory import Chain, GradientOwner, OpenMemory, Rerun, Rows
+from .layer_parts import LayerParts
+from .mlp_half import MLPHalf
+from .projections import Positions
+from .tiling import choose_tile_tokens
+from .weight_sums import WeightSums
+
+
+@dataclass(frozen=True)
+class StreamOptions:
+    """How layers are streamed."""
+
+    tile_tokens: int | str | None = "auto"
+    """None runs all tokens as one tile."""
+    head_groups: int | str = "auto"
+    attention_kernel: str = "auto"
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of a layer: what its backward must know beside the input."""
+
+    positions: Positions
+    num_groups: int
+    tiles: list[slice]
+    dtype: torch.dtype
+    autocast: tuple[str, torch.dtype] | None
+    shape: torch.Size
+
+
+class StreamedLayer:
+    """A decoder layer of a known shape, run by tiles and groups of heads."""
+
+    def __init__(
+        self, module: nn.Module, parts: LayerParts, index: int, options: StreamOptions, chain: Chain
+    ) -> None:
+        self.module, self.index = module, index
+        self._parts, self._options, self.chain = parts, options, chain
+        self._original = module.forward
+        self._signature = inspect.signature(module.forward)
+
+    @property
+    def attended_width(self) -> int:
+        """Of attention's output, N x H."""
+        return self._parts.heads.widths[0]
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """What takes the place of the module's forward."""
+        named = self._signature.bind(*args, **kwargs).arguments
+        named.update(named.pop("kwargs", {}))
+        if not _can_stream(named):
+            return self._original(*args, **kwargs)
+        hidden = named["hidden_states"]
+        self._parts.refuse_dropout(self.module)
+        call = self._call(hidden, named)
+        params = [param for param in self.module.parameters() if param.requires_grad]
+        if torch.is_grad_enabled() and (hidden.requires_grad or params):
+            rest = {name: value for name, value in kwargs.items() if name != "hidden_states"}
+            rerun = Rerun(self.module, hidden.shape, args[1:], rest)
+            return _Streamed.apply(self, call, rerun, hidden, *params)
+        with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
+            out, _, _ = self.run(_flat(hidden), call, keep_attention=False)
+        return out.view(hidden.shape)
+
+    def run(
+        self, hidden: Tensor, call: Call, *, keep_attention: bool
+    ) -> tuple[Tensor, Tensor | None, list[Tensor]]:
+        """Forward of `(B x S, D)`, without grad: the output, and attention's if it is kept."""
+        attention, mlp = self._halves(call)
+        projected = attention.project(hidden, call.positions, call.num_groups, call.tiles, keep_normed=True)
+        attended, log_sums = attention.attend(projected, call.positions, call.num_groups, hidden.shape[0])
+        del projected
+        reuse = not keep_attention and attended.shape == hidden.shape and attended.dtype == hidden.dtype
+        out = attended if reuse and attended.is_contiguous() else torch.empty_like(hidden)
+        for tile in call.tiles:
+            joined, _ = attention.join(hidden[tile], attended[tile])
+            mlp.forward(joined, out[tile])
+        return out, attended if keep_attention else None, log_sums
+
+    def backward(
+        self, call: Call, kept: OpenMemory, grad: Tensor, out: Tensor, params: list[Tensor]
+    ) -> list[Tensor | None]:
+        """Gradient of the input into `out` (which may be `grad`), and the weights'."""
+        attention, mlp = self._halves(call)
+        sums = WeightSums(params)
+        hidden, projected, attended = kept.input, None, kept.attended
+        if attended is None:
+            projected = attention.project(
+                hidden, call.positions, call.num_groups, call.tiles, keep_normed=True
+            )
+            attended, log_sums = attention.attend(projected, call.positions, call.num_groups, grad.shape[0])
+            attended = Rows(attended)
+            room: Tensor | None = attended.whole()
+            if not projected.at_once:
+                projected = None  # and with it what keeps the normalised tokens
+        else:
+            log_sums, room = kept.log_sums(), attended.writable()
+        attended_grad = attention.new_attended_grad(grad.shape[0], grad.device)
+        for tile in call.tiles:
+            joined, output = attention.join(hidden[tile], attended[tile])
+            mlp.backward(joined, grad[tile], out[tile], sums)
+            tile_grad = None if attended_grad is None else attended_grad[tile]
+            attention.join_backward(attended[tile], output, out[tile], tile_grad, sums)
+            del joined, output
+        sums.finish()
+        if projected is None:
+            projected = attention.project(
+                hidden, call.positions, call.num_groups, call.tiles, keep_normed=False
+            )
+        projected.take_room(room)
+        attention.attend_backward(
+            projected, call.positions, attended.whole(), log_sums, out, attended_grad, sums
+        )
+        kept.release_log_sums()
+        for tile in call.tiles:
+            attention.project_backward(projected, tile, hidden[tile], out[tile], sums)
+            kept.release(tile)
+        return sums.totals(params)
+
+    def _call(self, hidden: Tensor, named: dict[str, Any]) -> Call:
+        device = hidden.device.type
+        autocast = None
+        if torch.is_autocast_enabled(device):
+            autocast = (device, torch.get_autocast_dtype(device))
+        num_tokens = hidden.shape[:-1].numel()
+        tile_tokens = self._options.tile_tokens
+        if tile_tokens == "auto":
+            width = self._parts.intermediate_size
+            tile_tokens = choose_tile_tokens(
+                num_tokens, width, hidden.dtype.itemsize, num_intermediates=MLPHalf.INTERMEDIATES
+            )
+        cos, sin = named.get("position_embeddings") or (None, None)
+        return Call(
+            positions=Positions(hidden.shape[0], cos, sin, named.get("document_offsets")),
+            num_groups=self._parts.head_groups(self._options.head_groups, num_tokens),
+            tiles=_tiles(num_tokens, tile_tokens or num_tokens),
+            dtype=hidden.dtype if autocast is None else autocast[1],
+            autocast=autocast,
+            shape=hidden.shape,
+        )
+
+    def _halves(self, call: Call) -> tuple[AttentionHalf, MLPHalf]:
+        # Made at each call: under ZeRO-3 and autocast a weight is not the tensor that it was.
+        return self._parts.halves(call.dtype, call.autocast, self._options.attention_kernel)
+
+
+class _Streamed(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx, layer: StreamedLayer, call: Call, rerun: Rerun, hidden: Tensor, *params: Tensor
+    ) -> Tensor:
+        with torch.autocast(hidden.device.type, enabled=False):
+            flat = _flat(hidden)
+            this_pass, memory = layer.chain.enter(layer.index, rerun, flat, layer.attended_width)
+            out, attended, log_sums = layer.run(
+                flat, call, keep_attention=this_pass.saves_attention(layer.index)
+            )
+            if attended is not None:
+                this_pass.keep_attention(memory, attended, log_sums)
+            memory.settle()
+        ctx.layer, ctx.call, ctx.memory = layer, call, memory
+        # Weights go by ctx, not by save_for_backward: ZeRO-3 has changed what they hold by then.
+        ctx.params = params
+        ctx.save_for_backward(*memory.tensors)
+        memory.tensors.clear()  # autograd's from here: it frees them with the layer's backward
+        return out.view(hidden.shape)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        references = GradientOwner.references(grad)
+        layer, call = ctx.layer, ctx.call
+        owned = layer.chain.gradients.owns(grad, references)
+        flat = _flat(grad)
+        with torch.autocast(grad.device.type, enabled=False):
+            kept = ctx.memory.open(ctx.saved_tensors)
+            out = flat if owned else torch.empty_like(flat, memory_format=torch.contiguous_format)
+            grads = layer.backward(call, kept, flat, out, list(ctx.params))
+        input_grad = out.view(call.shape)
+        layer.chain.gradients.own(input_grad)
+        return None, None, None, input_grad, *grads
+
+
+def _tiles(num_tokens: int, tile_tokens: int) -> list[slice]:
+    # An empty sequence is one empty tile.
+    starts = range(0, max(num_tokens, 1), max(tile_tokens, 1))
+    return [slice(start, min(start + tile_tokens, num_tokens)) for start in starts]
+
+
+def _flat(hidden: Tensor) -> Tensor:
+    return hidden.reshape(-1, hidden.shape[-1])
+
+
+def _can_stream(named: dict[str, Any]) -> bool:
+    """Whole causal sequences without a cache; everything else is the module's own business."""
+    mask = named.get("attention_mask")
+    # A mask of one element is the sign that there is nothing to mask (see inputs.py).
+    return named.get("past_key_values") is None and (mask is None or mask.numel() == 1)

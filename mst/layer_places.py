@@ -1,0 +1,128 @@
+"""Where the layers' inputs and attention outputs are kept, decided from the bytes there are."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from .layer_memory import Places, SavedAttention
+from .placement import Placement, available_host_bytes, choose_placement, gib
+
+logger = logging.getLogger(__name__)
+
+ALL_ON_GPU = Placement(gpu_layers=0, host=False)
+SPARE_SHARE = 0.08
+"""Of a GPU's memory, left for what nobody counts: fragments, workspaces, the caller's own tensors."""
+WORKING_WIDTHS = 12
+"""Hidden widths a token that a layer's backward takes at the most (one group of heads, Llama-3: 11)."""
+TILE_BYTES = 4 * 2**30
+"""What tiles, float32 sums and the LM head take at the most, whatever the length."""
+
+
+@dataclass
+class PlaceChooser:
+    """Chooses at the start of a pass; what was forced is not weighed."""
+
+    model: nn.Module
+    num_layers: int
+    inputs: Placement | str
+    """A placement, or "auto"."""
+    attention: SavedAttention | str
+    """What is saved, or "auto": as much as there is room for."""
+    available_host: Callable[[], int] = available_host_bytes
+    _host_bytes: int | None = None
+    _said: Places | None = None
+
+    def __call__(self, hidden: Tensor, attended_width: int) -> Places:
+        """Places for a pass over `(B x S, D)`."""
+        places = self._choose(hidden, attended_width)
+        if places != self._said:
+            self._say(places, hidden)
+            self._said = places
+        return places
+
+    def _choose(self, hidden: Tensor, attended_width: int) -> Places:
+        inputs, attention, layers = self.inputs, self.attention, self.num_layers
+        if hidden.device.type != "cuda":
+            everything = SavedAttention(gpu_layers=layers)
+            return Places(
+                ALL_ON_GPU if inputs == "auto" else inputs, everything if attention == "auto" else attention
+            )
+        if inputs != "auto" and attention != "auto":
+            return Places(inputs, attention)
+        gpu, host = self._free_gpu_bytes(hidden), self._free_host_bytes()
+        # An eighth of a width for the log-sum-exp: 4 bytes a head of 16 to 256 elements.
+        saved_bytes = hidden.shape[0] * (attended_width + attended_width // 8) * hidden.itemsize
+        if attention != "auto":
+            gpu -= attention.gpu_layers * saved_bytes
+            host -= (layers - attention.gpu_layers) * saved_bytes if attention.host else 0
+        if inputs == "auto":
+            inputs = choose_placement(layers, hidden.nbytes, max(gpu, 0), max(host, 0))
+        if attention == "auto":
+            gpu -= inputs.count("gpu", layers) * hidden.nbytes
+            host -= inputs.count("host", layers) * hidden.nbytes
+            on_gpu = min(layers, max(gpu, 0) // saved_bytes)
+            attention = SavedAttention(on_gpu, host=(layers - on_gpu) * saved_bytes <= host)
+        return Places(inputs, attention)
+
+    def _say(self, places: Places, hidden: Tensor) -> None:
+        layers = range(self.num_layers)
+        inputs = [places.inputs.where(index, self.num_layers) for index in layers]
+        saved = [places.attention.where(index, self.num_layers) for index in layers]
+        logger.info(
+            "inputs of %d layers, %s each: %d on the GPU, %d in host memory, %d rebuilt; attention's output: "
+            "%d on the GPU, %d in host memory, %d rebuilt",
+            self.num_layers,
+            gib(hidden.nbytes),
+            *(inputs.count(where) for where in ("gpu", "host", "rebuild")),
+            *(saved.count(where) for where in ("gpu", "host", None)),
+        )
+
+    def _free_gpu_bytes(self, hidden: Tensor) -> int:
+        """What layers may keep on the GPU beside the work itself and the gradients that are to come."""
+        free, total = torch.cuda.mem_get_info(hidden.device)
+        unused = torch.cuda.memory_reserved(hidden.device) - torch.cuda.memory_allocated(hidden.device)
+        grads = sum(
+            param.numel() * param.element_size()
+            for param in self.model.parameters()
+            if param.requires_grad and param.grad is None
+        )
+        work = WORKING_WIDTHS * hidden.nbytes + TILE_BYTES
+        return int(free + unused - SPARE_SHARE * total) - grads - work
+
+    def _free_host_bytes(self) -> int:
+        # Once: afterwards what we have pinned ourselves would count as taken.
+        if self._host_bytes is None:
+            self._host_bytes = self.available_host()
+        return self._host_bytes
+
+
+def parse_save_attention(value: bool | int | str, num_layers: int) -> SavedAttention | str:
+    """What a user's `save_attention=` means.
+
+    Args:
+        value: False (nothing is saved), True (as much as there is room for), a number (of the last so many
+            layers, on the GPU), "gpu" or "host" (of every layer).
+        num_layers: Decoder layers.
+
+    Raises:
+        ValueError: Anything else.
+    """
+    if value is True:
+        return "auto"
+    if value is False:
+        return SavedAttention()
+    if value == "gpu":
+        return SavedAttention(gpu_layers=num_layers)
+    if value == "host":
+        return SavedAttention(host=True)
+    if isinstance(value, int) and 0 <= value <= num_layers:
+        return SavedAttention(gpu_layers=value)
+    raise ValueError(
+        f"save_attention={value!r} must be True, False, 'gpu', 'host' or a number of layers, at most "
+        f"{num_layers}."
+    )
