@@ -105,6 +105,12 @@ def attention_backward(
     return KERNELS[name].backward(grad_out, query, key, value, out, lse, options, documents)
 
 
+def log_sums_of_groups(log_sum: Tensor, num_groups: int) -> list[Tensor]:
+    """A log-sum-exp of all query heads, `(B, N, ...)` or `(N, L)`, cut into equal groups of heads."""
+    dim = 0 if log_sum.dim() == 2 else 1
+    return [part.contiguous() for part in log_sum.chunk(num_groups, dim)]
+
+
 def local_attention(
     query: Tensor,  # (B, N, L, H)
     key: Tensor,  # (B, K, L, H)

@@ -125,8 +125,16 @@ class SequenceConfig(Section):
     """Run every MLP tile by tile and recompute it in backward (MST)."""
     tile_tokens: Tokens | Literal["auto"] = "auto"
     """Tokens of a mini-sequence."""
-    checkpoints: Literal["auto", "none", "gpu"] = "auto"
-    """Keep only each layer's input for backward (`gpu`); `auto` does so from 8,192 tokens a GPU."""
+    checkpoints: Literal["auto", "none", "gpu", "host"] = "auto"
+    """Stream the decoder layers, each keeping only its input: on the GPU or in pinned host memory; `auto`
+    does so from 8,192 tokens a GPU, where the memory there is says."""
+    checkpoint_every: Count = 1
+    """Keep the input of every so many layers and rebuild the others, for less memory and more time."""
+    head_groups: Count | Literal["auto"] = "auto"
+    """Groups of key/value heads that a streamed layer's attention runs in, one after the other."""
+    save_attention: Literal["none", "auto", "gpu", "host"] = "none"
+    """Keep attention's output of streamed layers, which spares its second forward: `auto`, of as many as
+    there is room for."""
     loss: Literal["cce", "mini_sequence", "logits"] = "cce"
     """LM head: cut cross-entropy, the head itself tile by tile, or the full logits (small runs only)."""
     loss_memory_mib: Count | None = None

@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
-from .config import RunConfig
+from .config import RunConfig, SequenceConfig
 from .config_errors import ConfigError, listed, shown
 
 _SHAPES = (
@@ -23,6 +23,9 @@ _SHAPES = (
     "vocab_size",
     "max_position_embeddings",
 )
+
+STREAM_FROM_TOKENS = 8192
+"""Tokens a GPU from which `sequence.checkpoints=auto` streams the layers."""
 
 
 @dataclass(frozen=True)
@@ -193,6 +196,36 @@ def _loss_memory_is_used(config: RunConfig, world_size: int | None) -> Iterator[
         )
 
 
+def streams_layers(sequence: SequenceConfig, tokens_a_gpu: int) -> bool:
+    """Whether decoder layers are streamed, each keeping its input alone."""
+    if sequence.checkpoints == "auto":
+        return tokens_a_gpu >= STREAM_FROM_TOKENS
+    return sequence.checkpoints != "none"
+
+
+def _streamed_layers_drop_nothing(config: RunConfig, world_size: int | None) -> Iterator[str]:
+    sequence, lora = config.sequence, config.model.lora
+    tokens = sequence.length * config.train.micro_batch_sequences // config.parallel.ulysses_degree
+    if lora is not None and lora.dropout > 0 and streams_layers(sequence, tokens):
+        yield (
+            f"model.lora.dropout={lora.dropout} must be 0 where layers are streamed (sequence.checkpoints="
+            f"{sequence.checkpoints}, {tokens} tokens a GPU): they run twice and would drop others "
+            "the second time. Set it to 0, or sequence.checkpoints=none."
+        )
+
+
+def _streaming_options_are_used(config: RunConfig, world_size: int | None) -> Iterator[str]:
+    sequence = config.sequence
+    if sequence.checkpoints != "none":
+        return
+    for name, default in (("checkpoint_every", 1), ("head_groups", "auto"), ("save_attention", "none")):
+        if getattr(sequence, name) != default:
+            yield (
+                f"sequence.{name}={getattr(sequence, name)} has no effect with sequence.checkpoints=none, "
+                f"which streams no layer; set it to {default}, or sequence.checkpoints=auto."
+            )
+
+
 def _packs_fill_shards(config: RunConfig, world_size: int | None) -> Iterator[str]:
     length, degree = config.sequence.length, config.parallel.ulysses_degree
     if config.data.pack and length >= 2 * degree and length % degree:
@@ -287,6 +320,25 @@ RULES: tuple[Rule, ...] = (
     Rule(("sequence.length", "parallel.ulysses_degree", "data.pack"), _packs_fill_shards),
     Rule(("sequence.length", "model.config"), _length_fits_positions),
     Rule(("sequence.loss", "sequence.loss_memory_mib"), _loss_memory_is_used),
+    Rule(
+        (
+            "sequence.checkpoints",
+            "sequence.length",
+            "train.micro_batch_sequences",
+            "parallel.ulysses_degree",
+            "model.lora",
+        ),
+        _streamed_layers_drop_nothing,
+    ),
+    Rule(
+        (
+            "sequence.checkpoints",
+            "sequence.checkpoint_every",
+            "sequence.head_groups",
+            "sequence.save_attention",
+        ),
+        _streaming_options_are_used,
+    ),
     Rule(("parallel.num_gpus", "parallel.ulysses_degree"), _degree_divides_world),
     Rule(("parallel.ulysses_degree", "model.config"), _degree_divides_heads),
     Rule(

@@ -14,7 +14,9 @@ from ..distributed.groups import ProcessGroups
 from ..distributed.ulysses import apply_ulysses
 from ..mst.apply import apply_mini_sequence
 from ..mst.families import FAMILIES
-from .config import ModelConfig, RunConfig
+from ..mst.placement import Placement
+from .config import ModelConfig, RunConfig, SequenceConfig
+from .config_rules import streams_layers
 from .data.tokenizer import vocabulary_size
 
 logger = logging.getLogger(__name__)
@@ -31,9 +33,6 @@ SHAPE_FIELDS = (
     "tie_word_embeddings",
 )
 """Fields that say what shape the weights have: a checkpoint's cannot be overridden."""
-
-CHECKPOINT_LAYERS_FROM_TOKENS = 8192
-"""Tokens a GPU from which `sequence.checkpoints=auto` keeps layer inputs alone."""
 
 
 def hf_config(config: ModelConfig) -> Any:
@@ -83,7 +82,7 @@ def _default_config(model_type: str) -> Any:
     if model_type not in CONFIG_MAPPING:
         raise ValueError(
             f"model.config.model_type={_guess(model_type, CONFIG_MAPPING)} is no family that transformers "
-            "knows; there are {', '.join(FAMILIES)}."
+            f"knows; there are {', '.join(FAMILIES)}."
         )
     return AutoConfig.for_model(model_type)
 
@@ -166,18 +165,29 @@ def build_model(
     apply_ulysses(model, groups)
     sequence = config.sequence
     tokens_a_gpu = sequence.length * config.train.micro_batch_sequences // groups.sp_size
-    checkpoints = sequence.checkpoints
-    if checkpoints == "auto":
-        checkpoints = "gpu" if tokens_a_gpu >= CHECKPOINT_LAYERS_FROM_TOKENS else "none"
-        logger.info("sequence.checkpoints: %s, for %d tokens a GPU", checkpoints, tokens_a_gpu)
+    streamed = {}
+    if sequence.checkpoints == "auto":
+        how = "streamed" if streams_layers(sequence, tokens_a_gpu) else "not streamed"
+        logger.info("sequence.checkpoints: layers are %s, for %d tokens a GPU", how, tokens_a_gpu)
+    if streams_layers(sequence, tokens_a_gpu):
+        saved = {"none": False, "auto": True}.get(sequence.save_attention, sequence.save_attention)
+        streamed = {"head_groups": sequence.head_groups, "save_attention": saved}
     apply_mini_sequence(
         model,
         tile_tokens=sequence.tile_tokens if sequence.mini_sequence else None,
-        checkpoints=checkpoints,
+        checkpoints=_placement(sequence) if streamed else "none",
         loss=sequence.loss,
         loss_memory_mib=sequence.loss_memory_mib,
+        **streamed,
     )
     return model.train()
+
+
+def _placement(sequence: SequenceConfig) -> str | Placement:
+    if sequence.checkpoint_every == 1:
+        return sequence.checkpoints
+    on_host = sequence.checkpoints == "host"
+    return Placement(gpu_layers=1 if on_host else 0, every=sequence.checkpoint_every, host=on_host)
 
 
 def name_special_tokens(model: nn.Module, tokenizer: Any) -> None:

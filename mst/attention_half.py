@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..distributed.attention import log_sums_of_groups
 from .linear_map import TokenMap
 from .projections import Positions, ProjectedHeads, Projections, columns
 from .token_norm import TokenNorm
@@ -33,6 +34,8 @@ class AttentionHalf:
         """`attention` has a `forward` that gives output and log-sum-exp, and a `backward` that takes them."""
         self._norm, self._projections, self._output, self._post_norm = norm, projections, output, post_norm
         self._attention, self._options, self._dtype = attention, options, dtype
+        # With the sequence over several ranks, a rank's log-sum-exp is that of its own heads of each group.
+        self._splits_log_sums = getattr(attention, "sp_size", 1) == 1
 
     def project(
         self, hidden: Tensor, positions: Positions, num_groups: int, tiles: list[slice], *, keep_normed: bool
@@ -55,12 +58,14 @@ class AttentionHalf:
     def attend(
         self, projected: ProjectedHeads, positions: Positions, num_groups: int, num_tokens: int
     ) -> tuple[Tensor, list[Tensor]]:
-        """Attention's output `(B x S, N x H)` and each group's log-sum-exp."""
+        """Attention's output `(B x S, N x H)`, and the log-sum-exp of each group that it was done in."""
+        if projected.at_once and self._splits_log_sums:
+            num_groups = 1  # forward needs no room that grows with the heads: only backward is done in groups
         whole: Tensor | None = None
         log_sums = []
         for index in range(num_groups):
             out, log_sum = self._attention.forward(
-                *projected.group(index), self._options, positions.documents
+                *projected.group(index, num_groups), self._options, positions.documents
             )
             log_sums.append(log_sum)
             out = out.transpose(1, 2).reshape(num_tokens, -1)
@@ -109,13 +114,15 @@ class AttentionHalf:
         positions: Positions,
         attended: Tensor,
         log_sums: list[Tensor],
+        num_groups: int,
         grad: Tensor,
         attended_grad: Tensor | None,
         sums: WeightSums,
     ) -> None:
         """From the gradient of `h` to those of queries, keys and values, which stay with `projected`."""
-        num_groups = len(log_sums)
         heads = self._projections.heads.group(num_groups)
+        if len(log_sums) < num_groups:
+            log_sums = log_sums_of_groups(log_sums[0], num_groups)
         for index in range(num_groups):
             group = columns(index, heads.widths[0])
             if attended_grad is None:
@@ -124,7 +131,7 @@ class AttentionHalf:
                 group_grad = attended_grad[:, group]
             grads = self._attention.backward(
                 positions.heads_first(group_grad, heads.num_heads),
-                *projected.group(index),
+                *projected.group(index, num_groups),
                 positions.heads_first(attended[:, group], heads.num_heads),
                 log_sums[index],
                 self._options,

@@ -129,7 +129,14 @@ class StreamedLayer:
             )
         projected.take_room(room)
         attention.attend_backward(
-            projected, call.positions, attended.whole(), log_sums, out, attended_grad, sums
+            projected,
+            call.positions,
+            attended.whole(),
+            log_sums,
+            call.num_groups,
+            out,
+            attended_grad,
+            sums,
         )
         kept.release_log_sums()
         for tile in call.tiles:

@@ -37,10 +37,8 @@ class Blocks:
         self.after = tuple(after)
         self.pieces = tuple(slab._memory.views(extents, num_bytes))
         self._last_copy: list[Any] = list(after)
-        # Keeps the memory pinned while it is held, whatever happens to other references to the slab.
-        self._slab: PinnedSlab | None = slab
         token = object()
-        slab._memory.holders[token] = None
+        slab._memory.holders[token] = None  # the memory stays pinned, even if the slab itself is dropped
         self._finalizer = weakref.finalize(
             self, _give_back, slab._memory, slab._returned, token, extents, self._last_copy
         )
@@ -55,7 +53,6 @@ class Blocks:
         """Give the bytes back; copies in flight may still finish. Twice does no harm."""
         self.pieces = ()
         self._finalizer()
-        self._slab = None
 
 
 class PinnedSlab:

@@ -125,7 +125,7 @@ def choose_placement(
         if on_gpu == num_kept:
             return Placement(gpu_layers=num_layers, every=every, host=False)
         if on_gpu > 0 and (num_kept - on_gpu) * kept_bytes <= host_bytes:
-            return Placement(gpu_layers=num_layers - (num_kept - on_gpu) * every, every=every)
+            return Placement(gpu_layers=on_gpu * every, every=every)
     raise ValueError(
         f"The checkpoints of {num_layers} layers, {gib(kept_bytes)} each ({gib(bytes_per_layer)} of input, "
         f"{gib(attention_bytes_per_layer)} of attention), fit neither {gib(gpu_bytes)} of GPU memory and "

@@ -57,11 +57,21 @@ class Positions:
         rows = 1 if self.documents is not None else self.batch
         return buffer.unflatten(-1, (num_heads, -1)).unflatten(0, (rows, -1)).transpose(1, 2)
 
-    def rotate_(self, buffer: Tensor, num_heads: int, *, inverse: bool = False) -> None:
+    def rotate_(self, buffer: Tensor, num_heads: int) -> None:
         """Rotary embedding of `(B x S, n x H)`, in place."""
         if self.cos is not None:
-            heads = buffer.unflatten(-1, (num_heads, -1)).unflatten(0, (self.batch, -1))
-            rotate_(heads, self.cos, self.sin, inverse=inverse)
+            rotate_(self._by_token(buffer, num_heads), self.cos, self.sin)
+
+    def rotate_back(self, grad: Tensor, num_heads: int, out: Tensor) -> None:
+        """The gradient of what `rotate_` was given, from that of what it made; `out` may be `grad`."""
+        if self.cos is not None:
+            grad, out = self._by_token(grad, num_heads), self._by_token(out, num_heads)
+            rotate_(grad, self.cos, self.sin, inverse=True, out=out)
+        elif out is not grad:
+            out.copy_(grad)
+
+    def _by_token(self, buffer: Tensor, num_heads: int) -> Tensor:
+        return buffer.unflatten(-1, (num_heads, -1)).unflatten(0, (self.batch, -1))
 
 
 class HeadNorms(NamedTuple):
@@ -159,17 +169,18 @@ class ProjectedHeads:
         """Whether the projections of all heads are here, and stay."""
         return self._all is not None
 
-    def group(self, index: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values of a group, as attention takes them."""
-        part = self._part
+    def group(self, index: int, num_groups: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values of a group, as attention takes them; all heads are one group of one."""
+        part = self._projections.heads.group(num_groups)
         if self._all is None:
+            assert num_groups == self._num_groups
             query, key, value = self._project(index, self._num_groups).split(part.widths, dim=-1)
         else:
             parts = self._all.split(self._projections.heads.widths, dim=-1)
             query, key, value = (
                 one[:, columns(index, width)] for one, width in zip(parts, part.widths, strict=True)
             )
-        query, key = self._prepare(index, query, key)
+        query, key = self._prepare(index, part, query, key)
         place = self._positions.heads_first
         return (
             place(query, part.num_heads),
@@ -234,9 +245,9 @@ class ProjectedHeads:
             self._positions.rotate_(query, heads.num_heads)
             self._positions.rotate_(key, heads.num_kv_heads)
 
-    def _prepare(self, index: int, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+    def _prepare(self, index: int, part: HeadShape, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
         """A group's queries and keys, normalised and rotated."""
-        part, norms = self._part, self._projections.norms
+        norms = self._projections.norms
         if self._prepared is not None:
             query, key = self._prepared
             return query[:, columns(index, part.widths[0])], key[:, columns(index, part.widths[1])]
@@ -259,10 +270,10 @@ class ProjectedHeads:
         norm: TokenNorm | None,
         sums: WeightSums,
     ) -> None:
-        self._positions.rotate_(grad, num_heads, inverse=True)
         if norm is None or self._projections.norms.whole:
-            place.copy_(grad)
+            self._positions.rotate_back(grad, num_heads, place)
             return
+        self._positions.rotate_back(grad, num_heads, grad)
         raw, grad, place = (
             flat.unflatten(-1, (num_heads, -1)) for flat in (self._raw.pop(name), grad, place)
         )

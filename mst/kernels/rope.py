@@ -9,8 +9,8 @@ from .dispatch import check_rows, takes_triton, wide
 
 
 @torch.no_grad()
-def rotate_(x: Tensor, cos: Tensor, sin: Tensor, *, inverse: bool = False) -> None:
-    """Turn the first R of each head's H elements in place, halves of R paired (as Hugging Face has them).
+def rotate_(x: Tensor, cos: Tensor, sin: Tensor, *, inverse: bool = False, out: Tensor | None = None) -> None:
+    """Turn the first R of each head's H elements, halves of R paired (as Hugging Face has them).
 
     `y1 = x1 * cos1 - x2 * sin1` and `y2 = x2 * cos2 + x1 * sin2`, where 1 is `[..., :R/2]` and 2 is
     `[..., R/2:R]`; computed wide and rounded once.
@@ -20,15 +20,23 @@ def rotate_(x: Tensor, cos: Tensor, sin: Tensor, *, inverse: bool = False) -> No
             of one buffer, or both as heads beside each other.
         cos, sin: `(B, S, R)` or `(1, S, R)`, R even and from 2 to H, any floating dtype.
         inverse: Apply the transpose instead, which takes the gradient of the result to that of x.
+        out: Where the result goes, all H elements of each head, of x's shape and dtype; None is x itself.
 
     Raises:
         ValueError: A shape or a stride is none of these.
     """
     cos, sin = _check(x, cos, sin)
+    if out is None:
+        out = x
+    elif out.shape != x.shape or out.dtype != x.dtype:
+        raise ValueError(
+            f"rotate_: out {tuple(out.shape)} {out.dtype} must be like x, {tuple(x.shape)} {x.dtype}."
+        )
+    check_rows("rotate_", x.shape, out=out)
     if takes_triton(x, cos, sin):
         from . import rope_triton
 
-        rope_triton.rotate_(x, cos, sin, inverse)
+        rope_triton.rotate_(x, cos, sin, inverse, out)
         return
     half = cos.shape[-1] // 2
     x1, x2 = x[..., :half], x[..., half : 2 * half]
@@ -37,8 +45,10 @@ def rotate_(x: Tensor, cos: Tensor, sin: Tensor, *, inverse: bool = False) -> No
     if inverse:  # the matrix [[cos1, -sin1], [sin2, cos2]] is transposed
         sin1, sin2 = -sin2, -sin1
     y1, y2 = wide(x1) * cos1 - wide(x2) * sin1, wide(x2) * cos2 + wide(x1) * sin2
-    x1.copy_(y1)
-    x2.copy_(y2)
+    if out is not x:
+        out[..., 2 * half :] = x[..., 2 * half :]
+    out[..., :half] = y1
+    out[..., half : 2 * half] = y2
 
 
 def _check(x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,7 @@ from torch import Tensor
 from .tiles import ELEMENTS, whole_rows
 
 
-def rotate_(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> None:
+def rotate_(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool, out: Tensor) -> None:
     """See `rope.rotate_`; the last dimension of every tensor is contiguous."""
     batch, length, heads, _ = x.shape
     half, num_rows = cos.shape[2] // 2, batch * length * heads
@@ -18,17 +18,21 @@ def rotate_(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> None:
         return
     if num_rows >= 2**31 - 2**16:
         raise ValueError(f"rotate_: {num_rows} rows are more than 32 bits count; pass fewer tokens.")
+    if out is not x and 2 * half < x.shape[3]:
+        out[..., 2 * half :] = x[..., 2 * half :]
     tile = whole_rows(half, ELEMENTS // 2)  # of the first halves, with the second beside it
     one = cos.shape[0] == 1
     with torch.cuda.device_of(x):
         _rotate_kernel[(triton.cdiv(num_rows, tile.rows),)](
             x,
+            out,
             cos,
             sin,
             num_rows,
             length,
             heads,
             *x.stride()[:3],
+            *out.stride()[:3],
             0 if one else cos.stride(0),
             cos.stride(1),
             0 if one else sin.stride(0),
@@ -44,6 +48,7 @@ def rotate_(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> None:
 @triton.jit(do_not_specialize=["num_rows", "S"])
 def _rotate_kernel(
     x_ptr,
+    out_ptr,
     cos_ptr,
     sin_ptr,
     num_rows,
@@ -52,6 +57,9 @@ def _rotate_kernel(
     x_batch_stride,
     x_stride,
     x_head_stride,
+    out_batch_stride,
+    out_stride,
+    out_head_stride,
     cos_batch_stride,
     cos_stride,
     sin_batch_stride,
@@ -84,5 +92,7 @@ def _rotate_kernel(
     else:
         y1 = x1 * cos1 - x2 * sin1
         y2 = x2 * cos2 + x1 * sin2
-    tl.store(first, y1.to(x_ptr.dtype.element_ty), mask=mask)
-    tl.store(first + HALF, y2.to(x_ptr.dtype.element_ty), mask=mask)
+    out_row = sample * out_batch_stride + position * out_stride + head * out_head_stride
+    first = out_ptr + out_row[:, None] + columns[None, :]
+    tl.store(first, y1.to(out_ptr.dtype.element_ty), mask=mask)
+    tl.store(first + HALF, y2.to(out_ptr.dtype.element_ty), mask=mask)

@@ -119,20 +119,21 @@ def test_adapters_need_a_checkpoint() -> None:
 
 
 @pytest.mark.parametrize(
-    ("sequence", "recomputes"),
+    ("sequence", "streams"),
     [
         ({"length": 8192}, True),
         ({"length": 8191}, False),
         ({"length": 8192, "checkpoints": "none"}, False),
         ({"length": 64, "checkpoints": "gpu"}, True),
+        ({"length": 64, "checkpoints": "host", "checkpoint_every": 2, "save_attention": "auto"}, True),
     ],
 )
-def test_layers_are_rebuilt_from_8192_tokens_or_as_told(
-    sequence: dict[str, Any], recomputes: bool, caplog: pytest.LogCaptureFixture
+def test_layers_are_streamed_from_8192_tokens_or_as_told(
+    sequence: dict[str, Any], streams: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.INFO, logger="longseq"):
         model = build_model(run_config(**sequence), ProcessGroups(), CPU, torch.float32)
-    assert any(getattr(module, "gradient_checkpointing", False) for module in model.modules()) == recomputes
+    assert all("forward" in layer.__dict__ for layer in model.model.layers) == streams
     assert ("sequence.checkpoints:" in caplog.text) == ("checkpoints" not in sequence)
     assert model.training
 
