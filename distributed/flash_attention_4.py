@@ -35,8 +35,13 @@ INSTALLED = _is_installed()
 
 
 def _interface() -> ModuleType:
-    from flash_attn.cute import interface
-
+    try:
+        from flash_attn.cute import interface
+    except ImportError as error:
+        raise ImportError(
+            f"flash-attn-4 is installed but cannot be imported ({error}); repair it (pip install --upgrade "
+            "'longseq[fa4]'), remove it, or ask for another kernel (attention_kernel='cudnn')."
+        ) from error
     return interface
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import io
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,8 +76,6 @@ class DeepSpeedEngine(Engine):
         with _quiet_deepspeed():
             import deepspeed
 
-            if options.stage == 3:
-                _gather_whole_modules(module)
             self._engine, *_ = deepspeed.initialize(
                 model=module, optimizer=optimizer, config=options.deepspeed_config(groups.world_size)
             )
@@ -130,13 +128,52 @@ class DeepSpeedEngine(Engine):
             )
 
 
-def _gather_whole_modules(model: nn.Module) -> None:
-    """Gather a module that runs in tiles once, before its loop, and not at every tile's linear layers."""
-    from deepspeed.utils import set_z3_leaf_module
+def gather_whole(module: nn.Module) -> Callable[[], None]:
+    """Let ZeRO-3 gather a module that runs in tiles once, before its loop, and not at each tile's layers.
 
-    for module in model.modules():
-        if module.__dict__.get("gathers_whole") and any(module.children()):
-            set_z3_leaf_module(module, True)
+    If each tile's call of each linear layer were a collective, ranks whose tile counts differ would wait for
+    each other for ever. Whoever makes the engine, the Trainer and accelerate too: it is DeepSpeed that looks
+    for the mark. DeepSpeed itself is not imported.
+
+    Returns:
+        What takes it back; without effect once an engine has hooks on this module and none on its children.
+    """
+    if not any(module.children()):
+        return lambda: None  # its weights are gathered together as it is
+    earlier = module.__dict__.get("_z3_leaf")
+    module._z3_leaf = True  # as deepspeed.utils.set_z3_leaf_module does
+    # DeepSpeed's own hooks, which look at what the input wants, must come after it.
+    hook = module.register_forward_pre_hook(_with_input_grad, prepend=True)
+
+    def take_back() -> None:
+        if any(hasattr(param, "ds_z3_leaf_module") for param in module.parameters()):
+            return
+        hook.remove()
+        del module._z3_leaf
+        if earlier is not None:
+            module._z3_leaf = earlier
+
+    return take_back
+
+
+def _with_input_grad(module: nn.Module, args: tuple) -> tuple:
+    """Let the input of a module that ZeRO-3 gathers whole want a gradient.
+
+    DeepSpeed reduces such a module's gradients, and releases its weights, once its input's is there. Above
+    frozen embeddings no input wants one, and the reduction would come before the backward that it waits for.
+    What is waited for is counted anew at each call: one without grad, as when a backward rebuilds a layer's
+    output, would wipe the count, and the layer would stay gathered after its own backward.
+    """
+    if "ds_id" not in module.__dict__:  # not under ZeRO-3
+        return args
+    if torch.is_grad_enabled() and not any(param.requires_grad for param in module.parameters()):
+        return args
+    return tuple(
+        arg.detach().requires_grad_()
+        if isinstance(arg, Tensor) and arg.is_floating_point() and not arg.requires_grad
+        else arg
+        for arg in args
+    )
 
 
 def _name_the_stage(optimizer: Any) -> None:

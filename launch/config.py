@@ -132,9 +132,9 @@ class SequenceConfig(Section):
     """Keep the input of every so many layers and rebuild the others, for less memory and more time."""
     head_groups: Count | Literal["auto"] = "auto"
     """Groups of key/value heads that a streamed layer's attention runs in, one after the other."""
-    save_attention: Literal["none", "auto", "gpu", "host"] = "none"
+    save_attention: Literal["none", "auto", "gpu", "host", "all"] = "none"
     """Keep attention's output of streamed layers, which spares its second forward: `auto`, of as many as
-    there is room for."""
+    there is room for; `all`, on the GPU with queries, keys and values, which spares their projections too."""
     loss: Literal["cce", "mini_sequence", "logits"] = "cce"
     """LM head: cut cross-entropy, the head itself tile by tile, or the full logits (small runs only)."""
     loss_memory_mib: Count | None = None

@@ -37,10 +37,25 @@ class AttentionHalf:
         # With the sequence over several ranks, a rank's log-sum-exp is that of its own heads of each group.
         self._splits_log_sums = getattr(attention, "sp_size", 1) == 1
 
+    @property
+    def joins_once(self) -> bool:
+        """Whether backward needs no more of `join` than its sum."""
+        return self._post_norm is None
+
     def project(
-        self, hidden: Tensor, positions: Positions, num_groups: int, tiles: list[slice], *, keep_normed: bool
+        self,
+        hidden: Tensor,
+        positions: Positions,
+        num_groups: int,
+        tiles: list[slice],
+        *,
+        keep_normed: bool = False,
+        saved: Tensor | None = None,
     ) -> ProjectedHeads:
-        """Queries, keys and values of `(B x S, D)`; `keep_normed` trades 2 D bytes a token for time."""
+        """Queries, keys and values of `(B x S, D)`; `keep_normed` trades 2 D bytes a token for time.
+
+        `saved` are those of an earlier call, where they were kept.
+        """
 
         def norm_tile(tile: slice) -> Tensor:
             return self._normed(hidden[tile])
@@ -52,7 +67,7 @@ class AttentionHalf:
                 self._normed(hidden[tile], out=whole[tile])
             normed = whole.__getitem__
         return ProjectedHeads(
-            self._projections, normed, positions, num_groups, tiles, self._dtype, hidden.device
+            self._projections, normed, positions, num_groups, tiles, self._dtype, hidden.device, saved
         )
 
     def attend(
@@ -68,7 +83,7 @@ class AttentionHalf:
                 *projected.group(index, num_groups), self._options, positions.documents
             )
             log_sums.append(log_sum)
-            out = out.transpose(1, 2).reshape(num_tokens, -1)
+            out = out.transpose(1, 2).flatten(2).flatten(0, 1)
             if num_groups == 1:
                 return out, log_sums
             if whole is None:
@@ -78,10 +93,12 @@ class AttentionHalf:
         assert whole is not None
         return whole, log_sums
 
-    def join(self, hidden: Tensor, attended: Tensor) -> tuple[Tensor, Tensor | None]:
-        """A tile of `h`, and the output projection where the norm behind it will need it."""
+    def join(
+        self, hidden: Tensor, attended: Tensor, out: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """A tile of `h` (into `out`, if `joins_once`), and the output projection where its norm needs it."""
         if self._post_norm is None:
-            return self._output.forward(attended, residual=hidden), None
+            return self._output.forward(attended, residual=hidden, out=out), None
         output = self._output.forward(attended)
         return self._post_norm.forward(output, dtype=hidden.dtype).add_(hidden), output
 

@@ -18,12 +18,24 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from .attention_half import AttentionHalf
-from .layer_memory import Chain, GradientOwner, OpenMemory, Rerun, Rows
+from .layer_memory import (
+    Chain,
+    GradientOwner,
+    KeptOfAttention,
+    OpenMemory,
+    Rerun,
+    Rows,
+    log_sum_name,
+)
 from .layer_parts import LayerParts
 from .mlp_half import MLPHalf
 from .projections import Positions
 from .tiling import choose_tile_tokens
 from .weight_sums import WeightSums
+
+FREED_INPUTS = 4
+"""Layer inputs gone from the GPU that make up for attention in one group instead of two: half of what the
+kernel takes is 3.25 of them (see benchmarks/decoder_probe.py's `workspace`, and the three gradients)."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +57,6 @@ class Call:
     tiles: list[slice]
     dtype: torch.dtype
     autocast: tuple[str, torch.dtype] | None
-    shape: torch.Size
 
 
 class StreamedLayer:
@@ -76,26 +87,35 @@ class StreamedLayer:
         params = [param for param in self.module.parameters() if param.requires_grad]
         if torch.is_grad_enabled() and (hidden.requires_grad or params):
             rest = {name: value for name, value in kwargs.items() if name != "hidden_states"}
-            rerun = Rerun(self.module, hidden.shape, args[1:], rest)
+            rerun = Rerun(self.module, self.module.forward, hidden.shape, args[1:], rest, call.autocast)
             return _Streamed.apply(self, call, rerun, hidden, *params)
         with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
-            out, _, _ = self.run(_flat(hidden), call, keep_attention=False)
+            out, _ = self.run(_flat(hidden), call)
         return out.view(hidden.shape)
 
     def run(
-        self, hidden: Tensor, call: Call, *, keep_attention: bool
-    ) -> tuple[Tensor, Tensor | None, list[Tensor]]:
-        """Forward of `(B x S, D)`, without grad: the output, and attention's if it is kept."""
+        self, hidden: Tensor, call: Call, *, keeps: KeptOfAttention = "nothing"
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Forward of `(B x S, D)`, without grad: the output, and by name what is kept of attention."""
         attention, mlp = self._halves(call)
         projected = attention.project(hidden, call.positions, call.num_groups, call.tiles, keep_normed=True)
         attended, log_sums = attention.attend(projected, call.positions, call.num_groups, hidden.shape[0])
+        kept: dict[str, Tensor] = {}
+        if keeps != "nothing":
+            kept["attended"] = attended
+            kept |= {log_sum_name(index): log_sum for index, log_sum in enumerate(log_sums)}
+        if keeps == "all" and projected.all_heads is not None:
+            kept["projected"] = projected.all_heads
+        if keeps == "all" and attention.joins_once:
+            kept["joined"] = torch.empty_like(hidden)
         del projected
-        reuse = not keep_attention and attended.shape == hidden.shape and attended.dtype == hidden.dtype
+        reuse = not kept and attended.shape == hidden.shape and attended.dtype == hidden.dtype
         out = attended if reuse and attended.is_contiguous() else torch.empty_like(hidden)
         for tile in call.tiles:
-            joined, _ = attention.join(hidden[tile], attended[tile])
+            place = kept["joined"][tile] if "joined" in kept else None
+            joined, _ = attention.join(hidden[tile], attended[tile], place)
             mlp.forward(joined, out[tile])
-        return out, attended if keep_attention else None, log_sums
+        return out, kept
 
     def backward(
         self, call: Call, kept: OpenMemory, grad: Tensor, out: Tensor, params: list[Tensor]
@@ -104,36 +124,40 @@ class StreamedLayer:
         attention, mlp = self._halves(call)
         sums = WeightSums(params)
         hidden, projected, attended = kept.input, None, kept.attended
+        num_groups = self._groups_of_backward(call, kept)
         if attended is None:
-            projected = attention.project(
-                hidden, call.positions, call.num_groups, call.tiles, keep_normed=True
-            )
-            attended, log_sums = attention.attend(projected, call.positions, call.num_groups, grad.shape[0])
+            projected = attention.project(hidden, call.positions, num_groups, call.tiles, keep_normed=True)
+            attended, log_sums = attention.attend(projected, call.positions, num_groups, grad.shape[0])
             attended = Rows(attended)
             room: Tensor | None = attended.whole()
             if not projected.at_once:
                 projected = None  # and with it what keeps the normalised tokens
         else:
             log_sums, room = kept.log_sums(), attended.writable()
+            if kept.projected is not None:
+                projected = attention.project(
+                    hidden, call.positions, num_groups, call.tiles, saved=kept.projected
+                )
         attended_grad = attention.new_attended_grad(grad.shape[0], grad.device)
         for tile in call.tiles:
-            joined, output = attention.join(hidden[tile], attended[tile])
+            if kept.joined is None:
+                joined, output = attention.join(hidden[tile], attended[tile])
+            else:
+                joined, output = kept.joined[tile], None
             mlp.backward(joined, grad[tile], out[tile], sums)
             tile_grad = None if attended_grad is None else attended_grad[tile]
             attention.join_backward(attended[tile], output, out[tile], tile_grad, sums)
             del joined, output
         sums.finish()
         if projected is None:
-            projected = attention.project(
-                hidden, call.positions, call.num_groups, call.tiles, keep_normed=False
-            )
+            projected = attention.project(hidden, call.positions, num_groups, call.tiles)
         projected.take_room(room)
         attention.attend_backward(
             projected,
             call.positions,
             attended.whole(),
             log_sums,
-            call.num_groups,
+            num_groups,
             out,
             attended_grad,
             sums,
@@ -143,6 +167,12 @@ class StreamedLayer:
             attention.project_backward(projected, tile, hidden[tile], out[tile], sums)
             kept.release(tile)
         return sums.totals(params)
+
+    def _groups_of_backward(self, call: Call, kept: OpenMemory) -> int:
+        """The call's groups; one, with "auto", where later layers' inputs have left room for it."""
+        is_free = self._options.head_groups == "auto" and kept.freed_inputs >= FREED_INPUTS
+        # Ranks of one sequence keep the log-sum-exp of each group, for that group alone.
+        return 1 if is_free and kept.num_log_sums <= 1 else call.num_groups
 
     def _call(self, hidden: Tensor, named: dict[str, Any]) -> Call:
         device = hidden.device.type
@@ -163,7 +193,6 @@ class StreamedLayer:
             tiles=_tiles(num_tokens, tile_tokens or num_tokens),
             dtype=hidden.dtype if autocast is None else autocast[1],
             autocast=autocast,
-            shape=hidden.shape,
         )
 
     def _halves(self, call: Call) -> tuple[AttentionHalf, MLPHalf]:
@@ -179,18 +208,16 @@ class _Streamed(torch.autograd.Function):
         with torch.autocast(hidden.device.type, enabled=False):
             flat = _flat(hidden)
             this_pass, memory = layer.chain.enter(layer.index, rerun, flat, layer.attended_width)
-            out, attended, log_sums = layer.run(
-                flat, call, keep_attention=this_pass.saves_attention(layer.index)
-            )
-            if attended is not None:
-                this_pass.keep_attention(memory, attended, log_sums)
+            out, kept = layer.run(flat, call, keeps=this_pass.keeps_of_attention(layer.index))
+            this_pass.keep_attention(memory, kept)
             memory.settle()
+        out = out.view(hidden.shape)
+        this_pass.gave(out)
         ctx.layer, ctx.call, ctx.memory = layer, call, memory
         # Weights go by ctx, not by save_for_backward: ZeRO-3 has changed what they hold by then.
         ctx.params = params
-        ctx.save_for_backward(*memory.tensors)
-        memory.tensors.clear()  # autograd's from here: it frees them with the layer's backward
-        return out.view(hidden.shape)
+        ctx.save_for_backward(*memory.hand_over())
+        return out
 
     @staticmethod
     @once_differentiable
@@ -198,14 +225,16 @@ class _Streamed(torch.autograd.Function):
         references = GradientOwner.references(grad)
         layer, call = ctx.layer, ctx.call
         owned = layer.chain.gradients.owns(grad, references)
-        flat = _flat(grad)
+        flat = _flat(grad).contiguous()  # a sum's gradient is one number, expanded
         with torch.autocast(grad.device.type, enabled=False):
             kept = ctx.memory.open(ctx.saved_tensors)
-            out = flat if owned else torch.empty_like(flat, memory_format=torch.contiguous_format)
-            grads = layer.backward(call, kept, flat, out, list(ctx.params))
-        input_grad = out.view(call.shape)
-        layer.chain.gradients.own(input_grad)
-        return None, None, None, input_grad, *grads
+            # No view of another tensor, so that whoever looks finds its memory in one pair of hands.
+            out = grad if owned else torch.empty_like(grad, memory_format=torch.contiguous_format)
+            grads = layer.backward(call, kept, flat, _flat(out), list(ctx.params))
+        if not torch._C._autograd._get_current_graph_task_keep_graph():
+            ctx.memory.free_host()
+        layer.chain.gradients.own(out)
+        return None, None, None, out, *grads
 
 
 def _tiles(num_tokens: int, tile_tokens: int) -> list[slice]:

@@ -212,7 +212,6 @@ def _read_parts(layer: nn.Module, pattern: LayerPattern, config: Any) -> LayerPa
         window=getattr(attention, "sliding_window", getattr(config, "sliding_window", None)),
         # Gemma-3 has the field too, and leaves it None.
         softcap=getattr(attention, "attn_logit_softcapping", None),
-        attention_dropout=getattr(attention, "attention_dropout", 0.0) or 0.0,
         intermediate_size=_width(part(pattern.down)),
     )
 

@@ -36,13 +36,15 @@ class _FusedNorm(torch.autograd.Function):
         weight_grad = None
         if ctx.needs_input_grad[1]:
             weight_grad = torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32))
-        out = rms_norm_backward(
+        out = torch.empty_like(hidden, memory_format=torch.contiguous_format)
+        rms_norm_backward(
             flat,
             weight,
-            grad.reshape(flat.shape),
+            grad.reshape(flat.shape).contiguous(),
             ctx.eps,
             weight_offset=ctx.offset,
             weight_grad=weight_grad,
-        ).view(hidden.shape)
+            out=out.view(flat.shape),
+        )
         ctx.gradients.own(out)
         return out, None if weight_grad is None else weight_grad.to(weight.dtype), None, None, None

@@ -5,12 +5,15 @@ from __future__ import annotations
 import functools
 import sys
 import weakref
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from .checkpoint_store import CheckpointStore, Fetched, Kept
 from .pinned_slab import PinnedSlab
@@ -45,6 +48,10 @@ class Rows:
             self._fetched.release(tile.start, tile.stop)
 
 
+KeptOfAttention = Literal["nothing", "output", "all"]
+"""Of a layer: its output and log-sum-exp, or with them all that backward would else make again."""
+
+
 @dataclass(frozen=True)
 class SavedAttention:
     """Where attention's output and log-sum-exp are kept: they spare attention's second forward."""
@@ -53,6 +60,8 @@ class SavedAttention:
     """Of the last so many layers on the GPU."""
     host: bool = False
     """Of all others in host memory; else theirs are not kept."""
+    everything: bool = False
+    """Of the layers on the GPU queries, keys, values and what the MLP half starts from, too."""
 
     def where(self, index: int, num_layers: int) -> str | None:
         """ "gpu", "host" or None for a layer."""
@@ -71,18 +80,51 @@ class Places:
 
 @dataclass(frozen=True)
 class Rerun:
-    """How a layer is called again, to rebuild its output without grad."""
+    """How a layer is called again, to rebuild its output without grad, as it was called in forward."""
 
     module: nn.Module
+    forward: Callable
+    """The module's forward at that time: the handle may have been undone since."""
     shape: torch.Size
     args: tuple
     kwargs: dict
+    autocast: tuple[str, torch.dtype] | None
+    """Device and dtype, if autocast was on."""
 
     def __call__(self, flat: Tensor) -> Tensor:
         """From `(B x S, D)` to the same."""
-        with torch.no_grad():
+        device, dtype = self.autocast or (flat.device.type, None)
+        autocast = torch.autocast(device, dtype, enabled=dtype is not None, cache_enabled=False)
+        # By the module itself, so that hooks that gather its weights (ZeRO-3) fire.
+        with torch.no_grad(), autocast, _with_forward(self.module, self.forward):
             out = self.module(flat.view(self.shape), *self.args, **self.kwargs)
         return out.reshape(flat.shape)
+
+
+@contextmanager
+def _with_forward(module: nn.Module, forward: Callable) -> Iterator[None]:
+    of_instance = module.__dict__.get("forward")
+    module.forward = forward
+    try:
+        yield
+    finally:
+        if of_instance is None:
+            del module.forward
+        else:
+            module.forward = of_instance
+
+
+@dataclass
+class Contents:
+    """Tensors by name: on the device, for autograd to save, and on the host."""
+
+    tensors: list[Tensor] = field(default_factory=list)
+    names: list[str] = field(default_factory=list)
+    host: dict[str, Kept] = field(default_factory=dict)
+
+    def copy(self) -> Contents:
+        """The same tensors under the same names."""
+        return Contents(list(self.tensors), list(self.names), dict(self.host))
 
 
 class LayerMemory:
@@ -90,49 +132,46 @@ class LayerMemory:
 
     def __init__(self, this_pass: Pass, index: int) -> None:
         self._pass, self.index = this_pass, index
-        self.tensors: list[Tensor] = []
-        self._host: dict[str, Kept] = {}
-        self._names: list[str] = []
+        self.contents = Contents()
 
     def put(self, name: str, tensor: Tensor, *, on_host: bool) -> None:
         """Keep one tensor."""
+        contents, last = self.contents, self._pass.last_on_host
         if on_host:
-            below = self._pass.last_on_host.get(name)
+            below = last.get(name)
             if below is not None and (below.shape, below.dtype) != (tensor.shape, tensor.dtype):
                 below = None
-            self._host[name] = self._pass.last_on_host[name] = self._pass.store.keep(tensor, below)
+            contents.host[name] = last[name] = self._pass.store.keep(tensor, below)
         else:
-            self._pass.last_on_host.pop(name, None)
-            self.tensors.append(tensor)
-            self._names.append(name)
+            last.pop(name, None)
+            contents.tensors.append(tensor)
+            contents.names.append(name)
 
-    def share(self, start: LayerMemory) -> None:
-        """Keep what the start of a segment keeps: this layer's input is rebuilt from it."""
-        self.tensors, self._names = list(start.tensors), list(start._names)
-        self._host = dict(start._host)
-
-    def copy(self) -> LayerMemory:
-        """The same tensors under the same names."""
-        copied = LayerMemory(self._pass, self.index)
-        copied.share(self)
-        return copied
+    def hand_over(self) -> list[Tensor]:
+        """The device tensors, for autograd to save: from here on it frees them with the layer's backward."""
+        tensors, self.contents.tensors = self.contents.tensors, []
+        return tensors
 
     def settle(self) -> None:
         """At the end of the layer's forward: its tensors may be freed from here on."""
-        for kept in self._host.values():
+        for kept in self.contents.host.values():
             kept.settle()
 
+    def free_host(self) -> None:
+        """After a backward that keeps no graph: the host's memory goes, as what autograd saves does."""
+        self.contents.host.clear()
+
     def open(self, saved: Sequence[Tensor]) -> OpenMemory:
-        """What backward works with; `saved` are `tensors` as autograd hands them back."""
-        return OpenMemory(self, dict(zip(self._names, saved, strict=True)))
+        """What backward works with; `saved` are the tensors handed over, as autograd hands them back."""
+        return OpenMemory(self, dict(zip(self.contents.names, saved, strict=True)))
 
     def rows(self, name: str, saved: dict[str, Tensor]) -> Rows | None:
         """One of the tensors kept, or None."""
         if name in saved:
             return Rows(saved[name])
-        if name not in self._host:
+        if name not in self.contents.host:
             return None
-        fetched = self._pass.store.fetch(self._host[name])
+        fetched = self._pass.store.fetch(self.contents.host[name])
         return Rows(fetched.tensor, fetched)
 
     def input(self, saved: dict[str, Tensor]) -> Rows:
@@ -146,17 +185,30 @@ class LayerMemory:
         return Rows(self._pass.rebuilt.pop(self.index))
 
 
+def log_sum_name(group: int) -> str:
+    """What the log-sum-exp of a group of heads is kept under."""
+    return f"log_sum_{group}"
+
+
 class OpenMemory:
-    """A layer's input, and attention's output and log-sum-exp where they were kept."""
+    """A layer's input, and what was kept of its attention."""
 
     def __init__(self, memory: LayerMemory, saved: dict[str, Tensor]) -> None:
         self.input = memory.input(saved)
+        self.freed_inputs = memory._pass.inputs_on_gpu_above(memory.index)
         self.attended: Rows | None = None
+        self.projected: Tensor | None = saved.get("projected")
+        self.joined: Tensor | None = saved.get("joined")
         self._log_sums: list[Rows] = []
-        if memory._pass.saves_attention(memory.index):
+        if memory._pass.keeps_of_attention(memory.index) != "nothing":
             self.attended = memory.rows("attended", saved)
-            while (rows := memory.rows(f"log_sum_{len(self._log_sums)}", saved)) is not None:
+            while (rows := memory.rows(log_sum_name(len(self._log_sums)), saved)) is not None:
                 self._log_sums.append(rows)
+
+    @property
+    def num_log_sums(self) -> int:
+        """Groups of heads whose log-sum-exp was kept."""
+        return len(self._log_sums)
 
     def log_sums(self) -> list[Tensor]:
         """Of each group of heads."""
@@ -180,48 +232,73 @@ class Pass:
     def __init__(
         self, places: Places, num_layers: int, store: CheckpointStore | None, *, first: int = 0
     ) -> None:
-        """`first` is the layer that it begins with."""
+        """`first` is the layer that it begins with: those below want no gradient, or are not called."""
         self.store = store
-        self.last_on_host: dict[str, Kept] = {}
+        # Weak, so that what a layer keeps goes with that layer.
+        self.last_on_host: weakref.WeakValueDictionary[str, Kept] = weakref.WeakValueDictionary()
         self.rebuilt: dict[int, Tensor] = {}
         self._places, self._num_layers, self._first = places, num_layers, first
         self._reruns: list[Rerun] = []
-        self._start: LayerMemory | None = None
+        self._starts: list[int] = []
+        self._start: Contents | None = None
+        self._given: tuple[StorageWeakRef, int] | None = None
 
     @property
     def next_index(self) -> int:
         """The layer that is to be called next."""
         return self._first + len(self._reruns)
 
-    def saves_attention(self, index: int) -> bool:
-        """Whether attention's output is kept."""
-        return self._places.attention.where(index, self._num_layers) is not None
+    def keeps_of_attention(self, index: int) -> KeptOfAttention:
+        """What is kept of a layer's attention."""
+        attention = self._places.attention
+        where = attention.where(index, self._num_layers)
+        if where is None:
+            return "nothing"
+        return "all" if attention.everything and where == "gpu" else "output"
+
+    def inputs_on_gpu_above(self, index: int) -> int:
+        """Inputs on the GPU of layers whose backward is over by the time of this one's."""
+        where = self._places.inputs.where
+        return sum(where(above, self._num_layers) == "gpu" for above in range(index + 1, self._num_layers))
 
     def start_of(self, index: int) -> int:
         """The nearest layer at or below whose input is kept."""
-        return index - index % self._places.inputs.every
+        return self._starts[index - self._first]
 
     def enter(self, rerun: Rerun, hidden: Tensor) -> LayerMemory:
         """The next layer is called on `(B x S, D)`: keep that, or what it can be rebuilt from."""
         index = self.next_index
         self._reruns.append(rerun)
         memory = LayerMemory(self, index)
-        where = self._places.inputs.where(index, self._num_layers)
-        if where == "rebuild":
-            memory.share(self._start)
+        placement = self._places.inputs
+        if placement.is_kept(index) or not self._is_given(hidden):
+            memory.put("input", hidden, on_host=placement.place(index, self._num_layers) == "host")
+            self._start = memory.contents.copy()
+            self._starts.append(index)
         else:
-            memory.put("input", hidden, on_host=where == "host")
-            self._start = memory.copy()
+            memory.contents = self._start.copy()
+            self._starts.append(self._starts[-1])
         if self.next_index == self._num_layers:
             self._start = None  # autograd alone says how long a tensor lives
         return memory
 
-    def keep_attention(self, memory: LayerMemory, attended: Tensor, log_sums: list[Tensor]) -> None:
-        """Keep attention's output and each group's log-sum-exp."""
+    def gave(self, out: Tensor) -> None:
+        """The layer's output: the next layer can be rebuilt from it, if it is given this and no other."""
+        self._given = StorageWeakRef(out.untyped_storage()), out._version
+
+    def _is_given(self, hidden: Tensor) -> bool:
+        """Whether `hidden` is what the layer before gave, unchanged, under whatever view."""
+        if self._given is None:
+            return False
+        storage, version = self._given
+        same = storage.cdata == StorageWeakRef(hidden.untyped_storage()).cdata and not storage.expired()
+        return same and hidden._version == version
+
+    def keep_attention(self, memory: LayerMemory, kept: dict[str, Tensor]) -> None:
+        """Keep attention's output, each group's log-sum-exp, and what else there is."""
         on_host = self._places.attention.where(memory.index, self._num_layers) == "host"
-        memory.put("attended", attended, on_host=on_host)
-        for number, log_sum in enumerate(log_sums):
-            memory.put(f"log_sum_{number}", log_sum, on_host=on_host)
+        for name, tensor in kept.items():
+            memory.put(name, tensor, on_host=on_host)
 
     def rebuild(self, start: int, stop: int, hidden: Tensor) -> None:
         """Run layers `start` to `stop` again, keeping what each of those above begins with."""
@@ -242,23 +319,24 @@ class GradientOwner:
         self._free_references = _free_references()
 
     @staticmethod
-    def references(grad: Tensor) -> int:
-        """References to a gradient; to be asked at the start of a backward, for `owns`."""
-        return sys.getrefcount(grad)
+    def references(grad: Tensor) -> tuple[int, int]:
+        """References to a gradient and to its memory; to be asked at the start of a backward, for `owns`."""
+        return sys.getrefcount(grad), torch._C._storage_Use_Count(grad.untyped_storage()._cdata)
 
     def own(self, grad: Tensor) -> None:
         """Remember a gradient that is about to be returned to autograd."""
         self._made, self._version = weakref.ref(grad), grad._version
 
-    def owns(self, grad: Tensor, references: int) -> bool:
+    def owns(self, grad: Tensor, references: tuple[int, int]) -> bool:
         """Whether `grad` is that gradient, unchanged, and held by autograd and its caller alone."""
         same = self._made() is grad and grad._version == self._version
-        return same and grad.is_contiguous() and references <= self._free_references
+        free = all(count <= free for count, free in zip(references, self._free_references, strict=True))
+        return same and grad.is_contiguous() and free
 
 
 class _Counted(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, found: list[int]) -> Tensor:
+    def forward(ctx, x: Tensor, found: list[tuple[int, int]]) -> Tensor:
         ctx.found = found
         return x.clone()
 
@@ -270,12 +348,12 @@ class _Counted(torch.autograd.Function):
 
 
 @functools.cache
-def _free_references() -> int:
-    """References to a gradient that nobody holds but autograd and the backward it is given to.
+def _free_references() -> tuple[int, int]:
+    """References to a gradient, and its memory, that only autograd and the backward it is given to hold.
 
     Counted on a gradient of that kind: the number differs between versions of Python.
     """
-    found: list[int] = []
+    found: list[tuple[int, int]] = []
     with torch.enable_grad():
         x = torch.zeros(1, requires_grad=True)
         torch.autograd.grad(_Counted.apply(_Counted.apply(x, found), found).sum(), x)
@@ -305,18 +383,14 @@ class Chain:
         return this_pass, memory
 
     def _new_pass(self, index: int, hidden: Tensor, attended_width: int) -> Pass:
-        if index != 0:
-            # A layer by itself: there is nothing below to prefetch or to rebuild from.
-            places = Places(Placement(gpu_layers=0, host=False), SavedAttention())
-            return Pass(places, self._num_layers, None, first=index)
         places = self._choose(hidden, attended_width)
-        num_inputs = places.inputs.count("host", self._num_layers)
+        layers = range(index, self._num_layers)
+        num_inputs = sum(places.inputs.where(layer, self._num_layers) == "host" for layer in layers)
+        num_saved = sum(places.attention.where(layer, self._num_layers) == "host" for layer in layers)
         num_bytes = num_inputs * hidden.nbytes
-        if places.attention.host:
-            num_saved = self._num_layers - places.attention.gpu_layers
-            num_bytes += num_saved * hidden.shape[0] * attended_width * hidden.itemsize
+        num_bytes += num_saved * hidden.shape[0] * attended_width * hidden.itemsize
         if num_bytes and (self._store is None or self._store.slab.device != hidden.device):
             self._store = CheckpointStore(PinnedSlab(hidden.device))
         if num_bytes:
             self._store.slab.reserve(num_bytes)
-        return Pass(places, self._num_layers, self._store)
+        return Pass(places, self._num_layers, self._store, first=index)

@@ -17,9 +17,11 @@ from .mlp_half import GatedMLP, MLPHalf, ModuleMLP
 from .projections import HeadNorms, HeadShape, Projections
 from .token_norm import token_norm
 
+AUTO_GROUPS = 2
+"""What "auto" takes: attention's working set is halved for next to no time, and queries, keys and values of
+all heads still come from one product. benchmarks/results/decoder.md has what more groups cost."""
 GROUP_ROWS = 2**17
-"""Query heads x tokens that keep a group's kernels busy: fewer groups where a sequence is shorter. Measured
-on an H200 at 16,384 tokens: 8 heads a group cost nothing, 4 heads 8 % of attention's time."""
+"""Query heads x tokens that keep a group's kernels busy: one group where a sequence is shorter."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,6 @@ class LayerParts:
     post_mlp_norm: nn.Module | None = None
     window: int | None = None
     softcap: float | None = None
-    attention_dropout: float = 0.0
     intermediate_size: int = 0
 
     def halves(
@@ -78,8 +79,8 @@ class LayerParts:
         size = getattr(getattr(self.attention, "longseq_attention", None), "sp_size", 1)
         fitting = [n for n in range(1, heads.num_kv_heads + 1) if heads.num_kv_heads % (n * size) == 0]
         if asked == "auto":
-            busy = [n for n in fitting if heads.num_heads // n * num_tokens >= GROUP_ROWS]
-            return max(busy, default=1)
+            is_busy = heads.num_heads // AUTO_GROUPS * num_tokens >= GROUP_ROWS
+            return AUTO_GROUPS if is_busy and AUTO_GROUPS in fitting else 1
         if asked not in fitting:
             raise ValueError(
                 f"head_groups={asked} does not divide {heads.num_kv_heads} key/value heads"
@@ -93,15 +94,12 @@ class LayerParts:
         Raises:
             ValueError: The layer is in training and drops something.
         """
-        if not layer.training:
-            return
         found = [
-            f"{name} (p={module.p})"
+            said
             for name, module in layer.named_modules()
-            if isinstance(module, nn.Dropout) and module.p > 0
+            if module.training
+            for said in dropouts_of(name, module)
         ]
-        if self.attention_dropout > 0:
-            found.append(f"attention_dropout={self.attention_dropout}")
         if found:
             raise ValueError(
                 f"{type(layer).__name__} drops out in training: {', '.join(found)}. A streamed layer is run "
@@ -128,3 +126,15 @@ class LayerParts:
         if self.activation is None or not all(isinstance(one, LinearMap) for one in maps):
             return ModuleMLP(ModuleMap(self.mlp, dtype, autocast))
         return GatedMLP(maps[:-1], maps[-1], self.activation)
+
+
+def dropouts_of(name: str, module: nn.Module) -> list[str]:
+    """What a module itself drops out, as `name (p=0.1)` or, where that is a number of its own, `name=0.1`."""
+    if isinstance(module, nn.Dropout):
+        return [f"{name} (p={module.p})"] if module.p > 0 else []
+    numbers = [(key, value) for key, value in vars(module).items() if "drop" in key]
+    return [
+        f"{name}.{key}={value}".lstrip(".")
+        for key, value in numbers
+        if isinstance(value, float) and value > 0
+    ]

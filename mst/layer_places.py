@@ -56,7 +56,12 @@ class PlaceChooser:
             return Places(inputs, attention)
         gpu, host = self._free_gpu_bytes(hidden), self._free_host_bytes()
         # An eighth of a width for the log-sum-exp: 4 bytes a head of 16 to 256 elements.
-        saved_bytes = hidden.shape[0] * (attended_width + attended_width // 8) * hidden.itemsize
+        saved_width = attended_width + attended_width // 8
+        if attention != "auto" and attention.everything:
+            saved_width += (
+                3 * attended_width + hidden.shape[1]
+            )  # keys and values are as wide as queries at most
+        saved_bytes = hidden.shape[0] * saved_width * hidden.itemsize
         if attention != "auto":
             gpu -= attention.gpu_layers * saved_bytes
             host -= (layers - attention.gpu_layers) * saved_bytes if attention.host else 0
@@ -106,7 +111,8 @@ def parse_save_attention(value: bool | int | str, num_layers: int) -> SavedAtten
 
     Args:
         value: False (nothing is saved), True (as much as there is room for), a number (of the last so many
-            layers, on the GPU), "gpu" or "host" (of every layer).
+            layers, on the GPU), "gpu" or "host" (of every layer), "all" (of every layer on the GPU, with
+            queries, keys, values and what the MLP half starts from).
         num_layers: Decoder layers.
 
     Raises:
@@ -118,11 +124,13 @@ def parse_save_attention(value: bool | int | str, num_layers: int) -> SavedAtten
         return SavedAttention()
     if value == "gpu":
         return SavedAttention(gpu_layers=num_layers)
+    if value == "all":
+        return SavedAttention(gpu_layers=num_layers, everything=True)
     if value == "host":
         return SavedAttention(host=True)
     if isinstance(value, int) and 0 <= value <= num_layers:
         return SavedAttention(gpu_layers=value)
     raise ValueError(
-        f"save_attention={value!r} must be True, False, 'gpu', 'host' or a number of layers, at most "
+        f"save_attention={value!r} must be True, False, 'gpu', 'host', 'all' or a number of layers, at most "
         f"{num_layers}."
     )

@@ -69,9 +69,11 @@ def lm_head_loss(
         total = _tiled_loss(head, logits_of, hidden, labels, memory_mib)
     if num_items is None:
         num_items = (labels != IGNORE_INDEX).sum().clamp(min=1)
+    # Where nothing counts the sum is 0, and so is a mean of nothing, with its gradients: not 0 / 0.
     if isinstance(num_items, Tensor):
         num_items = num_items.to(total.device)
-    return total / num_items
+        return total / num_items.masked_fill(num_items == 0, 1)
+    return total / (num_items or 1)
 
 
 def _tiled_loss(

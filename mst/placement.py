@@ -45,11 +45,15 @@ class Placement:
         """
         if not 0 <= layer_index < num_layers:
             raise ValueError(f"layer_index={layer_index} is none of 0 to {num_layers - 1}.")
-        if layer_index % self.every:
-            return "rebuild"
-        if not self.host or layer_index >= num_layers - self.gpu_layers:
-            return "gpu"
-        return "host"
+        return self.place(layer_index, num_layers) if self.is_kept(layer_index) else "rebuild"
+
+    def is_kept(self, layer_index: int) -> bool:
+        """Whether that layer keeps its input, and is not rebuilt."""
+        return layer_index % self.every == 0
+
+    def place(self, layer_index: int, num_layers: int) -> Literal["gpu", "host"]:
+        """Where that layer's input would wait, were it kept."""
+        return "gpu" if not self.host or layer_index >= num_layers - self.gpu_layers else "host"
 
     def count(self, where: Where, num_layers: int) -> int:
         """How many of `num_layers` layers have their input there."""

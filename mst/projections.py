@@ -149,8 +149,9 @@ class ProjectedHeads:
         tiles: list[slice],
         dtype: torch.dtype,
         device: torch.device,
+        saved: Tensor | None = None,
     ) -> None:
-        """`normed` gives a tile `(T, D)` of what is projected."""
+        """`normed` gives a tile `(T, D)` of what is projected; `saved` is `all_heads` of an earlier call."""
         self._projections, self._normed, self._positions = projections, normed, positions
         self._num_groups, self._tiles, self._dtype = num_groups, tiles, dtype
         self._device = device
@@ -158,16 +159,24 @@ class ProjectedHeads:
         self._raw: dict[str, Tensor] = {}
         self._grad_q: Tensor | None = None
         self._grad_kv: Tensor | None = None
-        self._all: Tensor | None = None
+        self._all: Tensor | None = saved
+        self._all_grads: Tensor | None = None
+        self._is_saved = saved is not None
         self._prepared: tuple[Tensor, Tensor] | None = None
         if projections.at_once(num_groups):
-            self._all = self._project(0, 1)
+            if not self._is_saved:
+                self._all = self._project(0, 1)
             self._prepare_all()
 
     @property
     def at_once(self) -> bool:
         """Whether the projections of all heads are here, and stay."""
         return self._all is not None
+
+    @property
+    def all_heads(self) -> Tensor | None:
+        """The projections of all heads `(S, q + k + v)`, rotated but where a norm comes first; or None."""
+        return self._all
 
     def group(self, index: int, num_groups: int) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values of a group, as attention takes them; all heads are one group of one."""
@@ -191,6 +200,8 @@ class ProjectedHeads:
     def take_room(self, attended: Tensor | None) -> None:
         """Say where gradients go: over all projections, else over attention's output, else beside it."""
         if self._all is not None and not self._projections.norms.whole:
+            # What is saved is autograd's, for another backward.
+            self._all_grads = torch.empty_like(self._all) if self._is_saved else self._all
             return
         queries, keys, _ = self._projections.heads.widths
         num_tokens = self._tiles[-1].stop
@@ -201,7 +212,7 @@ class ProjectedHeads:
     def put_grads(self, index: int, grads: tuple[Tensor, Tensor, Tensor], sums: WeightSums) -> None:
         """A group's gradients as attention gives them, back through the rotation and per-head norms."""
         part, norms = self._part, self._projections.norms
-        query, key, value = (grad.transpose(1, 2).reshape(self._tiles[-1].stop, -1) for grad in grads)
+        query, key, value = (grad.transpose(1, 2).flatten(2).flatten(0, 1) for grad in grads)
         queries, keys, values = self._grad_places()
         self._put(
             "query", query, queries[:, columns(index, part.widths[0])], part.num_heads, norms.query, sums
@@ -213,7 +224,7 @@ class ProjectedHeads:
         """Gradient of a tile of what was projected."""
         projections = self._projections
         if self._grad_q is None:
-            joined = self._all[tile]
+            joined = self._all_grads[tile]
             queries = projections.heads.widths[0]
             grad_q, grad_kv = joined[:, :queries], joined[:, queries:]
         else:
@@ -241,7 +252,7 @@ class ProjectedHeads:
             # What went into the norm is needed again, so the normalised ones live beside it.
             query, key = norms.query.forward(query), norms.key.forward(key)
             self._prepared = query, key
-        if norms.query is None or norms.whole:
+        if norms.whole or (norms.query is None and not self._is_saved):
             self._positions.rotate_(query, heads.num_heads)
             self._positions.rotate_(key, heads.num_kv_heads)
 
@@ -281,7 +292,7 @@ class ProjectedHeads:
 
     def _grad_places(self) -> tuple[Tensor, Tensor, Tensor]:
         if self._grad_q is None:
-            return self._all.split(self._projections.heads.widths, dim=-1)
+            return self._all_grads.split(self._projections.heads.widths, dim=-1)
         return self._grad_q, *self._grad_kv.chunk(2, dim=-1)
 
 

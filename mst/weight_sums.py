@@ -42,6 +42,11 @@ class WeightSums:
         """Add `left.T @ right` to (rows of) the gradient of a `(out, in)` weight: `(T, out)`, `(T, in)`."""
         if not self.wants(param):
             return
+        if rows is not None and (rows.start, rows.stop) == (0, param.shape[0]):
+            rows = None
+        if rows is None and id(param) not in self._sums:
+            self._sums[id(param)] = wide_product(left.t(), right, param.dtype)
+            return
         total = self.buffer(param)
         add_product(total if rows is None else total[rows], left.t(), right)
 
@@ -56,6 +61,16 @@ class WeightSums:
         """Gradients in their weights' dtypes; None where nothing was added."""
         self.finish()
         return [self._finished.pop(id(param), None) for param in params]
+
+
+def wide_product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
+    """`left @ right` in the precision of a sum for weights of `dtype`: what need not be zeroed first."""
+    wide = torch.promote_types(dtype, torch.float32)
+    if left.dtype == wide:
+        return left @ right
+    if left.is_cuda:
+        return torch.mm(left, right, out_dtype=wide)
+    return left.to(wide) @ right.to(wide)
 
 
 def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:

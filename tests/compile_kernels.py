@@ -128,6 +128,38 @@ def launch_everything() -> None:
         weights.scale_rows(gradient, ones[0], every[1].weight, rows=rows)
 
 
+def launch_layers() -> None:
+    """The kernels of decoder layers: rows of heads and of hidden states, with every option and with none."""
+    from longseq.mst.kernels import (
+        gated_activation,
+        gated_activation_backward_,
+        rms_norm,
+        rms_norm_backward,
+        rotate_,
+    )
+
+    for width in (128, 4096, 16384):
+        for dtype in (BF16, torch.float32):
+            x, weight = on_gpu(300, 2, width, dtype=dtype), on_gpu(width, dtype=dtype)
+            sums = on_gpu(width, dtype=torch.float32)
+            rms_norm(x, None, 1e-6)
+            rms_norm(x, weight, 1e-6, weight_offset=1.0, out=x)
+            rms_norm_backward(x, None, x, 1e-6)
+            rms_norm_backward(x, weight, x, 1e-6, residual_grad=x, weight_grad=sums, out=x)
+    # Rows that no load is as wide as.
+    odd = on_gpu(300, 777)[:, :771]
+    rms_norm_backward(odd, odd[0], odd, 1e-6, weight_grad=on_gpu(771, dtype=torch.float32), out=odd)
+    for turned in (128, 20):
+        angles = on_gpu(1, 300, turned, dtype=torch.float32)
+        for inverse in (False, True):
+            rotate_(on_gpu(1, 300, 5, 128), angles, angles, inverse=inverse)
+    for activation in ("silu", "gelu_tanh", "gelu"):
+        for gate, up in (on_gpu(300, 2 * 14336).chunk(2, 1), (odd, odd)):
+            gated_activation(gate, up, activation)
+            gated_activation_backward_(gate, up, up, activation)
+            gated_activation_backward_(gate, up, up, activation, product=up)
+
+
 def kernels_of(package: ModuleType) -> set[str]:
     modules = [
         importlib.import_module(f"{package.__name__}.{m.name}")
@@ -146,10 +178,12 @@ def main() -> None:
     if not can_compile(seen):
         return
     from longseq.cce import kernels
+    from longseq.mst import kernels as layer_kernels
 
     with torch.no_grad():
         launch_everything()
-    for name in sorted(kernels_of(kernels) - set(seen.values())):
+        launch_layers()
+    for name in sorted((kernels_of(kernels) | kernels_of(layer_kernels)) - set(seen.values())):
         print(json.dumps({"never_launched": name}))
     print(json.dumps({"done": True}))
 

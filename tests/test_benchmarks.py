@@ -1,4 +1,4 @@
-"""The benchmark of the head's loss: its data, its truth, and the tables, at sizes that a CPU has time for."""
+"""The benchmarks: their data, their truth, and their tables, at sizes that a CPU has time for."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ import importlib
 import json
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -23,6 +24,15 @@ NAMES = (
     "lm_head_methods",
     "lm_head_plot",
     "lm_head",
+)
+DECODER_NAMES = (
+    "report",
+    "decoder_model",
+    "decoder_anchors",
+    "decoder_variants",
+    "decoder_probe",
+    "decoder_plot",
+    "decoder",
 )
 
 
@@ -166,3 +176,313 @@ def test_picture_has_the_case_nearest_to_8192_tokens(bench, tmp_path: Path) -> N
     assert set(plot._panels(rows)) == {"a, 8,192 tokens, zipf", "b, 8,192 tokens, zipf"}
     plot.draw(rows, tmp_path / "lm_head.png")
     assert [path.name for path in tmp_path.iterdir()] == ["lm_head.png"]
+
+
+@pytest.fixture
+def decoder(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, ModuleType]]:
+    """The modules of decoder.py, on the CPU wherever this runs."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    yield {name: importlib.import_module(name) for name in DECODER_NAMES}
+    for name in DECODER_NAMES:
+        sys.modules.pop(name)
+
+
+def run_decoder(decoder: dict[str, ModuleType], *options: str, out: Path | None = None) -> None:
+    where = [] if out is None else ["--out", str(out)]
+    decoder["decoder"].main(["--shape", "tiny", *options, *where])
+
+
+def variant_of(decoder: dict[str, ModuleType], key: str, loss: Callable[[Any], Callable]) -> Any:
+    """A variant whose loss of ids is what `loss` makes of the model's own."""
+    model, anchors = decoder["decoder_model"], decoder["decoder_anchors"]
+    return decoder["decoder_variants"].Variant(
+        key, f"label of {key}", lambda llama: model.Prepared(loss(anchors.own_loss(llama)))
+    )
+
+
+def test_every_decoder_variant_that_a_cpu_has_gives_the_first_ones_numbers(decoder, tmp_path: Path) -> None:
+    run_decoder(decoder, "--lengths", "128", "61", out=tmp_path)
+    kept = json.loads((tmp_path / "decoder.json").read_text())
+    assert not [row["note"] for row in kept["rows"] if "note" in row]
+    by_key: dict[str, list[int]] = {}
+    for row in kept["rows"]:
+        assert row["s"] > 0
+        assert row["tokens/s"] == pytest.approx(row["tokens"] / row["s"])
+        by_key.setdefault(row["key"], []).append(row["tokens"])
+    assert all(lengths == [61, 128] for lengths in by_key.values())
+    keys = {variant.key for variant in decoder["decoder_variants"].VARIANTS}
+    # What copies to the host, Liger and flash-attn-4 need a GPU; four of two layers cannot save attention.
+    needs_gpu = {key for key in keys if "fa4" in key} | {"transformers-host", "alst-host", "liger"}
+    assert set(kept["left_out"]) == keys - set(by_key) == needs_gpu | {"longseq-gpu-auto-save-4"}
+    assert all(row["host GiB"] > 0 for row in kept["rows"] if row["key"].startswith("longseq-host"))
+    text = (tmp_path / "decoder.md").read_text()
+    assert text.index("## 61 tokens") < text.index("## 128 tokens")
+    assert (tmp_path / "decoder.png").exists()
+
+
+@pytest.mark.parametrize("anchor", ["alst", "mini_s", "transformers_checkpoints"])
+def test_anchors_have_the_gradients_of_the_plain_model(decoder, anchor: str, monkeypatch) -> None:
+    """At a length that neither tiles nor chunks divide, and on top of gradients that are there."""
+    if anchor == "alst":
+        monkeypatch.setattr(decoder["decoder_anchors"], "ALST_LOGITS_BYTES", 2**17)
+    monkeypatch.setattr(decoder["decoder_anchors"], "MINI_S_MLP_TOKENS", 60)
+    plain = decoder["decoder_model"].build("tiny", 2, "cpu").float()
+    model = decoder["decoder_model"].build("tiny", 2, "cpu").float()
+    prepared = getattr(decoder["decoder_anchors"], anchor)(model)
+    ids = decoder["decoder_model"].draw_tokens(model, 203)
+    for _ in range(2):
+        wanted = plain(input_ids=ids, labels=ids).loss
+        wanted.backward()
+        found = prepared.loss(ids)
+        found.backward()
+    torch.testing.assert_close(found.detach(), wanted.detach())
+    for (name, param), other in zip(plain.named_parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(other.grad, param.grad, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_liger_leaves_transformers_as_it_was(decoder, monkeypatch) -> None:
+    """What it replaces for good, also where it fails half way."""
+    from transformers.models.llama import modeling_llama
+
+    anchors = decoder["decoder_anchors"]
+    before = modeling_llama.LlamaRMSNorm
+    fake = ModuleType("liger_kernel.transformers")
+
+    def apply(model: Any) -> None:
+        modeling_llama.LlamaRMSNorm = None
+        if model is broken:
+            raise AttributeError
+
+    fake.apply_liger_kernel_to_llama = apply
+    monkeypatch.setitem(sys.modules, "liger_kernel", ModuleType("liger_kernel"))
+    monkeypatch.setitem(sys.modules, "liger_kernel.transformers", fake)
+    monkeypatch.setattr(anchors, "need", lambda *names: None)
+    monkeypatch.setattr(anchors, "need_cuda", lambda *names: None)
+    model, broken = (decoder["decoder_model"].build("tiny", 1, "cpu") for _ in range(2))
+    prepared = anchors.liger(model)
+    assert modeling_llama.LlamaRMSNorm is None
+    prepared.undo()
+    assert modeling_llama.LlamaRMSNorm is before
+    with pytest.raises(AttributeError):
+        anchors.liger(broken)
+    assert modeling_llama.LlamaRMSNorm is before
+
+
+def test_a_failure_is_a_row_and_the_next_variant_goes_on(decoder, tmp_path: Path, monkeypatch) -> None:
+    def too_big(loss: Callable) -> Callable:
+        def of_ids(ids: torch.Tensor) -> torch.Tensor:
+            if ids.shape[1] > 64:
+                raise torch.OutOfMemoryError("CUDA out of memory.")
+            return loss(ids)
+
+        return of_ids
+
+    def broken(loss: Callable) -> Callable:
+        def of_ids(ids: torch.Tensor) -> torch.Tensor:
+            raise RuntimeError("No available kernel.\nAborting.")
+
+        return of_ids
+
+    def absent(model: Any) -> None:
+        raise decoder["decoder_anchors"].MissingError("no-such-package is not installed")
+
+    variants = [
+        variant_of(decoder, "big", too_big),
+        decoder["decoder_variants"].Variant("absent", "absent", absent),
+        variant_of(decoder, "broken", broken),
+        variant_of(decoder, "plain", lambda loss: loss),
+    ]
+    monkeypatch.setattr(decoder["decoder"], "choose", lambda wanted: variants)
+    run_decoder(decoder, "--lengths", "64", "96", "128", out=tmp_path)
+    kept = json.loads((tmp_path / "decoder.json").read_text())
+    found = {(row["key"], row["tokens"]): row.get("note") for row in kept["rows"]}
+    assert found == {
+        ("big", 64): None,
+        ("big", 96): "out of memory",
+        ("broken", 64): "RuntimeError: No available kernel.",
+        ("plain", 64): None,
+        ("plain", 96): None,
+        ("plain", 128): None,
+    }
+    assert kept["left_out"] == {"absent": "no-such-package is not installed"}
+    assert "| label of big | - |" in (tmp_path / "decoder.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("wrong", "what"),
+    [
+        (lambda loss: lambda ids: loss(ids) + 0.01, "the loss is"),
+        (lambda loss: lambda ids: 1.05 * loss(ids) - 0.05 * loss(ids).detach(), "the norm of layer 0 q_proj"),
+        (lambda loss: lambda ids: loss(ids) * float("nan"), "the loss is nan"),
+    ],
+)
+def test_wrong_numbers_of_a_decoder_variant_are_not_kept(
+    decoder, tmp_path: Path, monkeypatch, wrong: Callable, what: str
+) -> None:
+    variants = [variant_of(decoder, "plain", lambda loss: loss), variant_of(decoder, "wrong", wrong)]
+    monkeypatch.setattr(decoder["decoder"], "choose", lambda wanted: variants)
+    with pytest.raises(SystemExit, match="wrong at 64: the"):
+        run_decoder(decoder, "--lengths", "64", "128", out=tmp_path)
+    rows = json.loads((tmp_path / "decoder.json").read_text())["rows"]
+    assert [(row["key"], row["tokens"]) for row in rows] == [("plain", 64), ("plain", 128), ("wrong", 64)]
+    assert set(rows[2]) == {"key", "variant", "tokens", "note"}
+    assert rows[2]["note"].startswith(f"refused: {what}")
+
+
+def test_rows_of_another_run_are_added_to(decoder, tmp_path: Path) -> None:
+    run_decoder(decoder, "--lengths", "64", "--variants", "transformers-gpu", out=tmp_path)
+    options = ("--lengths", "64", "128", "--variants", "longseq-host-g4-save-1", "--add")
+    run_decoder(decoder, *options, out=tmp_path)
+    rows = json.loads((tmp_path / "decoder.json").read_text())["rows"]
+    names = ["transformers-gpu", "longseq-host-g4-save-1", "longseq-host-g4-save-1"]
+    assert [(row["key"], row["tokens"]) for row in rows] == list(zip(names, (64, 64, 128), strict=True))
+    # They are what others are held against, too.
+    kept = json.loads((tmp_path / "decoder.json").read_text())
+    kept["rows"][0]["loss"] += 0.01
+    (tmp_path / "decoder.json").write_text(json.dumps(kept))
+    with pytest.raises(SystemExit, match="refused"):
+        run_decoder(decoder, *options, out=tmp_path)
+    with pytest.raises(SystemExit, match="has layers=2, here it is 1"):
+        run_decoder(decoder, "--layers", "1", *options, out=tmp_path)
+
+
+def test_a_run_ends_before_its_minutes_do(decoder, monkeypatch, capsys) -> None:
+    model = decoder["decoder_model"]
+    now = [0.0]
+    monkeypatch.setattr(model.time, "monotonic", lambda: now[0])
+    budget = model.Budget(minutes=1.0)
+    assert budget.allows(1000, 5)  # nothing is known yet
+    budget.add(1000, 5.0)
+    budget.add(1000, 4.0)
+    assert budget.allows(500, 10)  # a shorter one takes no longer
+    assert not budget.allows(500, 11)
+    assert budget.allows(2000, 2)  # 20 s each
+    assert not budget.allows(2000, 3)
+    assert not budget.allows(2000, 2, start_s=20.0)
+    now[0] = 30.0
+    assert not budget.allows(2000, 2)
+    assert model.Budget(None).allows(10**9, 10**9)
+    run_decoder(decoder, "--variants", "transformers-gpu", "--lengths", "64", "--minutes", "0.1")
+    assert "no time left: transformers-gpu at 64" in capsys.readouterr().out
+
+
+def test_slopes_are_those_of_a_variants_own_lengths(decoder) -> None:
+    def row(key: str, tokens: int, peak: float | None) -> dict[str, Any]:
+        return {"key": key, "variant": key, "tokens": tokens, "peak GiB": peak}
+
+    rows = [
+        row("a", 16384, 30.0),
+        row("b", 16384, 40.0),
+        row("a", 65536, 60.0),
+        row("a", 32768, 38.0),
+        {"key": "b", "variant": "b", "tokens": 32768, "note": "out of memory"},
+    ]
+    found = {(row["key"], row["tokens"]): row for row in decoder["decoder"].with_slopes(rows)}
+    assert found["a", 32768]["KiB/token"] == 8 * 2**20 / 16384
+    assert found["a", 65536]["KiB/token"] == 22 * 2**20 / 32768
+    assert found["a", 65536]["KiB/token from 16,384"] == 30 * 2**20 / 49152
+    assert not [name for row in (found["a", 16384], found["b", 32768]) for name in row if "KiB" in name]
+    tables = dict(decoder["decoder"].tables(list(found.values())))
+    assert [row["variant"] for row in tables["32,768 tokens"]] == ["a", "b"]
+
+
+def test_variants_are_chosen_by_name_or_beginning(decoder) -> None:
+    variants = decoder["decoder_variants"]
+
+    def keys(*names: str) -> list[str]:
+        return [variant.key for variant in variants.choose(list(names))]
+
+    assert keys("longseq-gpu-g", "liger") == ["liger", "longseq-gpu-g1", "longseq-gpu-g2"]
+    assert keys("longseq-host-g4") == ["longseq-host-g4"]  # a whole name is that one
+    assert keys("longseq-gpu-g8-save-3-fa4", "alst") == ["alst-gpu", "alst-host", "longseq-gpu-g8-save-3-fa4"]
+    with pytest.raises(ValueError, match="longseq-gpu-g1, "):
+        keys("longsec")
+    assert len(variants.choose(None)) == len({variant.key for variant in variants.VARIANTS})
+    label = variants.our_variant("longseq-host-auto-save-gpu-fa4").label
+    assert label == ("longseq, checkpoints=host, head_groups=auto, save_attention=gpu, attention_kernel=fa4")
+
+
+def probed(decoder: dict[str, ModuleType], num_real: int, groups: int) -> tuple[float, torch.nn.Module]:
+    """Loss and model after one step with the stub in all but `num_real` of two layers."""
+    from longseq.mst import apply_mini_sequence
+
+    model = decoder["decoder_model"].build("tiny", 2, "cpu").float()
+    if num_real < 2:
+        decoder["decoder_probe"].stub_attention(model, num_real, "cudnn")
+    apply_mini_sequence(model, checkpoints="host", head_groups=groups)
+    ids = decoder["decoder_model"].draw_tokens(model, 75)
+    loss = model(input_ids=ids, labels=ids).loss
+    loss.backward()
+    return loss.item(), model
+
+
+@pytest.mark.parametrize("groups", [1, 4])
+def test_a_stubbed_layer_is_one_whose_attention_gives_zeros(decoder, groups: int) -> None:
+    """Which is what a real one does that has no output projection."""
+    loss, model = probed(decoder, 1, groups)
+    plain = decoder["decoder_model"].build("tiny", 2, "cpu").float()
+    with torch.no_grad():
+        plain.model.layers[0].self_attn.o_proj.weight.zero_()
+    ids = decoder["decoder_model"].draw_tokens(plain, 75)
+    wanted = plain(input_ids=ids, labels=ids).loss
+    wanted.backward()
+    assert loss == pytest.approx(wanted.item(), rel=1e-6)
+    for (name, param), other in zip(plain.named_parameters(), model.named_parameters(), strict=True):
+        if name.startswith("model.layers.0.self_attn"):
+            assert not other[1].grad.any(), name
+        else:
+            torch.testing.assert_close(other[1].grad, param.grad, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(("kernel", "measured_mib"), [("cudnn", 5648), ("fa4", 4640)])
+def test_the_stub_takes_what_was_measured_of_the_kernel(decoder, kernel: str, measured_mib: int) -> None:
+    query = torch.empty(1, 131072, 32, 128, dtype=torch.bfloat16, device="meta").transpose(1, 2)
+    key = torch.empty(1, 131072, 8, 128, dtype=torch.bfloat16, device="meta").transpose(1, 2)
+    stub = decoder["decoder_probe"].StubAttention(kernel)
+    out, lse = stub.forward(query, key, key, None)
+    grads = stub.backward(out, query, key, key, out, lse, None)
+    assert [grad.shape for grad in grads] == [query.shape, key.shape, key.shape]
+    assert [grad.stride() for grad in (out, *grads)] == [t.stride() for t in (query, query, key, key)]
+    held = sum(
+        count * dtype.itemsize for count, dtype in decoder["decoder_probe"].workspace(kernel, query, key)
+    )
+    assert (held + sum(grad.nbytes for grad in grads)) / 2**20 == measured_mib
+
+
+def test_a_probe_steps_in_backward_and_keeps_its_rows(decoder, tmp_path: Path, monkeypatch) -> None:
+    built: list[Any] = []
+    build = decoder["decoder_probe"].build
+    monkeypatch.setattr(decoder["decoder_probe"], "build", lambda *a: built.append(build(*a)) or built[-1])
+    run_decoder(
+        decoder, "--layers", "4", "--probe", "96", "64", "--every", "2", "--step-in-backward", out=tmp_path
+    )
+    assert all(param.grad is None for param in built[-1].parameters())
+    plain = build("tiny", 4, "cpu")
+    assert not torch.equal(plain.lm_head.weight, built[-1].lm_head.weight) or torch.equal(
+        plain.lm_head.weight + 1e-6, plain.lm_head.weight
+    )
+    run_decoder(decoder, "--layers", "4", "--probe", "64", "--checkpoints", "gpu", "--add", out=tmp_path)
+    assert all(param.grad is not None for param in built[-1].parameters())
+    rows = json.loads((tmp_path / "decoder_probe.json").read_text())["rows"]
+    found = [(row["tokens"], row["real"], row["checkpoints"], row["gradients"]) for row in rows]
+    assert found == [
+        (64, 1, "2 host, 2 rebuild", "one at a time"),
+        (96, 1, "2 host, 2 rebuild", "one at a time"),
+        (64, 1, "4 gpu", "held"),
+    ]
+    assert "Memory-verified, not trained" in (tmp_path / "decoder_probe.md").read_text()
+
+
+def test_the_picture_has_a_line_a_variant(decoder, tmp_path: Path) -> None:
+    plot = decoder["decoder_plot"]
+    rows = [
+        {"key": "liger", "variant": "Liger", "tokens": 64, "peak GiB": 2.0, "tokens/s": 10.0},
+        {"key": "longseq-x", "variant": "ours", "tokens": 128, "peak GiB": 3.0, "tokens/s": 8.0},
+        {"key": "longseq-x", "variant": "ours", "tokens": 64, "peak GiB": 1.0, "tokens/s": 9.0},
+        {"key": "longseq-x", "variant": "ours", "tokens": 256, "note": "out of memory"},
+    ]
+    assert plot.points(rows, "peak GiB") == {"Liger": [(64, 2.0)], "ours": [(64, 1.0), (128, 3.0)]}
+    (tmp_path / "decoder.json").write_text(json.dumps({"rows": rows}))
+    plot.main([str(tmp_path / "decoder.json")])
+    assert {path.name for path in tmp_path.iterdir()} == {"decoder.json", "decoder.png"}

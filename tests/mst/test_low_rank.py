@@ -1,4 +1,4 @@
-"""Which heads are told apart into a weight and a low-rank pair, and which run their own forward."""
+"""Which linear layers are told apart into a weight and a low-rank pair, and which run their own forward."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from longseq.mst.lm_head import lm_head_loss
-from longseq.mst.low_rank import as_linear_head
+from longseq.mst.low_rank import as_linear_head, linear_parts
 
 peft = pytest.importorskip("peft")
 
@@ -24,7 +24,7 @@ class Model(nn.Module):
 
 
 def adapted_head(**options) -> nn.Module:
-    config = peft.LoraConfig(target_modules=["lm_head"], r=RANK, lora_alpha=8, **options)
+    config = peft.LoraConfig(**{"target_modules": ["lm_head"], "r": RANK, "lora_alpha": 8, **options})
     head = peft.get_peft_model(Model(), config).base_model.model.lm_head
     for name, parameter in head.named_parameters():
         if "lora_B" in name:
@@ -68,6 +68,58 @@ def test_an_adapter_in_float32_keeps_its_gradient_so() -> None:
     assert a.dtype == b.dtype == weight.dtype == torch.bfloat16
     (a.sum() + b.sum()).backward()
     assert head.lora_A["default"].weight.grad.dtype == torch.float32
+
+
+def test_a_layer_of_a_decoder_keeps_its_adapters_own_weights() -> None:
+    """Gradients are handed out by weight: as a head's, in the dtype of the base, they would be others."""
+    head = adapted_head()
+    head.get_base_layer().bfloat16()
+    weight, bias, (a, b, scale) = linear_parts(head)
+    base = head.get_base_layer()
+    assert weight is base.weight
+    assert bias is base.bias
+    assert a is head.lora_A["default"].weight
+    assert b is head.lora_B["default"].weight
+    assert scale == 8 / RANK
+
+
+@pytest.mark.parametrize("train", [True, False])
+def test_adapter_dropout_is_no_part(train: bool) -> None:
+    """Nor in evaluation, where it does nothing: what a layer is must not change with its mode."""
+    assert linear_parts(adapted_head(lora_dropout=0.1).train(train)) is None
+    assert linear_parts(adapted_head(lora_dropout=0.0).train(train)) is not None
+
+
+@pytest.mark.parametrize("scale", [{"use_rslora": True}, {"lora_alpha": 3}])
+def test_the_scale_is_the_adapters(scale: dict) -> None:
+    head = adapted_head(**scale)
+    weight, bias, (a, b, factor) = linear_parts(head)
+    hidden = torch.randn(7, D)
+    torch.testing.assert_close(hidden @ (weight + factor * b @ a).T + bias, head(hidden))
+
+
+def test_several_adapters_at_once_run_their_own_forward() -> None:
+    model = peft.get_peft_model(Model(), peft.LoraConfig(target_modules=["lm_head"], r=RANK))
+    model.add_adapter("other", peft.LoraConfig(target_modules=["lm_head"], r=RANK))
+    head = model.base_model.model.lm_head
+    assert linear_parts(head).lora[0] is head.lora_A["default"].weight
+    model.set_adapter("other")
+    assert linear_parts(head).lora[0] is head.lora_A["other"].weight
+    model.base_model.set_adapter(["default", "other"])
+    assert linear_parts(head) is None
+
+
+class Half(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return 0.5 * super().forward(x)
+
+
+@pytest.mark.parametrize(
+    "module", [Half(D, V), nn.Bilinear(D, D, V), nn.Identity(), nn.Embedding(V, D)], ids=str
+)
+def test_what_is_no_linear_layer(module: nn.Module) -> None:
+    """A subclass may do anything."""
+    assert linear_parts(module) is None
 
 
 @pytest.mark.parametrize("options", [{"use_dora": True}, {"lora_dropout": 0.1}, {"lora_bias": True}])
