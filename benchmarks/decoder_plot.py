@@ -26,7 +26,7 @@ def draw(rows: list[Row], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, len(PANELS), figsize=(15, 6))
+    figure, axes = pyplot.subplots(1, len(PANELS), figsize=(14, 6))
     styles = styles_of(rows, [matplotlib.colormaps["turbo"](place / 15) for place in range(1, 16)])
     for axis, (column, label) in zip(axes, PANELS, strict=True):
         lines = points(rows, column)
@@ -44,8 +44,10 @@ def draw(rows: list[Row], path: Path) -> None:
     for axis in axes:
         for handle, variant in zip(*axis.get_legend_handles_labels(), strict=True):
             handles.setdefault(variant, handle)
-    figure.legend(handles.values(), handles.keys(), loc="outside right upper", fontsize=7)
-    figure.tight_layout(rect=(0, 0, 0.7, 1))
+    legend_in = 0.22 * ((len(handles) + 1) // 2) + 0.4
+    figure.set_figheight(5.5 + legend_in)
+    figure.legend(handles.values(), handles.keys(), loc="lower center", ncols=2, fontsize=8, frameon=False)
+    figure.tight_layout(rect=(0, legend_in / (5.5 + legend_in), 1, 1))
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f".{path.name}.partial")
     figure.savefig(draft, format="png", dpi=130)

@@ -18,15 +18,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from .attention_half import AttentionHalf
-from .layer_memory import (
-    Chain,
-    GradientOwner,
-    KeptOfAttention,
-    OpenMemory,
-    Rerun,
-    Rows,
-    log_sum_name,
-)
+from .gradient_owner import GradientOwner
+from .layer_memory import Chain, KeptOfAttention, OpenMemory, Rerun, Rows, log_sum_name
 from .layer_parts import LayerParts
 from .mlp_half import MLPHalf
 from .projections import Positions

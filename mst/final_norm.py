@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from .gradient_owner import GradientOwner
 from .kernels.rms_norm import rms_norm, rms_norm_backward
-from .layer_memory import GradientOwner
 from .token_norm import rms_norm_eps, weight_offset
 
 

@@ -19,7 +19,7 @@ from .token_norm import token_norm
 
 AUTO_GROUPS = 2
 """What "auto" takes: attention's working set is halved for next to no time, and queries, keys and values of
-all heads still come from one product. benchmarks/results/decoder.md has what more groups cost."""
+all heads still come from one product. benchmarks/results/decoder_head_groups.md has what more groups cost."""
 GROUP_ROWS = 2**17
 """Query heads x tokens that keep a group's kernels busy: one group where a sequence is shorter."""
 

@@ -310,7 +310,7 @@ def test_attention_that_sees_later_tokens_is_refused() -> None:
 def assert_untouched(model: nn.Module) -> None:
     """A refusal leaves nothing behind."""
     for module in model.modules():
-        assert not {"forward", "gathers_whole", "_mini_sequence_handle"} & set(module.__dict__)
+        assert not {"forward", "_z3_leaf", "_mini_sequence_handle"} & set(module.__dict__)
     assert torch.isfinite(model(**make_batch()).loss)
 
 

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from longseq.mst import apply_mini_sequence, layer_memory
-from longseq.mst.layer_memory import GradientOwner, Places, SavedAttention
+from longseq.mst.gradient_owner import GradientOwner
+from longseq.mst.layer_memory import Places, SavedAttention
 from longseq.mst.layer_places import ALL_ON_GPU, PlaceChooser, parse_save_attention
 from longseq.mst.pinned_slab import PinnedSlab
 from longseq.mst.placement import Placement
