@@ -56,6 +56,11 @@ class UlyssesAttention:
         """Ranks that share a sequence."""
         return self._groups.sp_size
 
+    @property
+    def group(self) -> dist.ProcessGroup | None:
+        """These ranks; None where a rank is alone."""
+        return self._groups.sp
+
     def check_heads(self, num_heads: int, num_kv_heads: int) -> None:
         """Refuse head counts that the degree does not divide.
 

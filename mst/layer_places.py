@@ -7,8 +7,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
+from ..distributed.ulysses import UlyssesAttention
 from .layer_memory import Places, SavedAttention
 from .placement import Placement, available_host_bytes, choose_placement, gib
 
@@ -54,22 +56,24 @@ class PlaceChooser:
             )
         if inputs != "auto" and attention != "auto":
             return Places(inputs, attention)
-        gpu, host = self._free_gpu_bytes(hidden), self._free_host_bytes()
+        numbers = [self._free_gpu_bytes(hidden), self._free_host_bytes(), -hidden.nbytes]
+        gpu, host, most = least_of_ranks(numbers, lockstep_group(self.model), hidden.device)
+        input_bytes = -most
         # An eighth of a width for the log-sum-exp: 4 bytes a head of 16 to 256 elements.
         saved_width = attended_width + attended_width // 8
         if attention != "auto" and attention.everything:
             saved_width += (
                 3 * attended_width + hidden.shape[1]
             )  # keys and values are as wide as queries at most
-        saved_bytes = hidden.shape[0] * saved_width * hidden.itemsize
+        saved_bytes = input_bytes * saved_width // hidden.shape[1]
         if attention != "auto":
             gpu -= attention.gpu_layers * saved_bytes
             host -= (layers - attention.gpu_layers) * saved_bytes if attention.host else 0
         if inputs == "auto":
-            inputs = choose_placement(layers, hidden.nbytes, max(gpu, 0), max(host, 0))
+            inputs = choose_placement(layers, input_bytes, max(gpu, 0), max(host, 0))
         if attention == "auto":
-            gpu -= inputs.count("gpu", layers) * hidden.nbytes
-            host -= inputs.count("host", layers) * hidden.nbytes
+            gpu -= inputs.count("gpu", layers) * input_bytes
+            host -= inputs.count("host", layers) * input_bytes
             on_gpu = min(layers, max(gpu, 0) // saved_bytes)
             attention = SavedAttention(on_gpu, host=(layers - on_gpu) * saved_bytes <= host)
         return Places(inputs, attention)
@@ -104,6 +108,30 @@ class PlaceChooser:
         if self._host_bytes is None:
             self._host_bytes = self.available_host()
         return self._host_bytes
+
+
+def lockstep_group(model: nn.Module) -> dist.ProcessGroup | None:
+    """Ranks whose layers' collectives go together: each must rebuild the same layers, or they hang.
+
+    Those that share a weight (DeepSpeed's ZeRO-3) or a sequence (Ulysses); None where there are no others.
+    """
+    for param in model.parameters():
+        if hasattr(param, "ds_process_group"):
+            return param.ds_process_group
+    for module in model.modules():
+        attention = getattr(module, "longseq_attention", None)
+        if isinstance(attention, UlyssesAttention):
+            return attention.group
+    return None
+
+
+def least_of_ranks(numbers: list[int], group: dist.ProcessGroup | None, device: torch.device) -> list[int]:
+    """Each number's least over a group: one collective, which is waited for; none without a group."""
+    if group is None:
+        return numbers
+    least = torch.tensor(numbers, dtype=torch.int64, device=device)
+    dist.all_reduce(least, dist.ReduceOp.MIN, group=group)
+    return least.tolist()
 
 
 def parse_save_attention(value: bool | int | str, num_layers: int) -> SavedAttention | str:

@@ -14,7 +14,7 @@ from layer_problems import HIDDEN, assert_same_step, make_batch, make_model, tak
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from longseq.mst import apply_mini_sequence, layer_memory
+from longseq.mst import apply_mini_sequence, layer_memory, layer_places
 from longseq.mst.gradient_owner import GradientOwner
 from longseq.mst.layer_memory import Places, SavedAttention
 from longseq.mst.layer_places import ALL_ON_GPU, PlaceChooser, parse_save_attention
@@ -348,6 +348,20 @@ def test_what_is_chosen_from_the_memory_there_is(asked, free, wanted, monkeypatc
         wanted = Places(choose(ON_GPU, 512).inputs, wanted.attention)
         assert wanted.inputs.every > 1
     assert choose(ON_GPU, 512) == wanted
+
+
+def test_ranks_that_work_in_lockstep_choose_by_the_least_of_them(monkeypatch) -> None:
+    """This one could keep all on the GPU; another, which has more tokens, only every other layer's input."""
+    choose = chooser("auto", SavedAttention(), gpu=30, host=30, monkeypatch=monkeypatch)
+    assert choose(ON_GPU, 512).inputs == Placement(10, host=False)
+    theirs = [4 * 2**20, 3 * 2**20, -(2**20)]
+    monkeypatch.setattr(
+        layer_places, "least_of_ranks", lambda ours, *rest: list(map(min, zip(ours, theirs, strict=True)))
+    )
+    assert choose(ON_GPU, 512).inputs == Placement(6, every=2)
+    theirs[2] = -(3 * 2**20)
+    with pytest.raises(ValueError, match=r"10 layers, 3,145,728 bytes each"):
+        choose(ON_GPU, 512)
 
 
 def test_host_memory_is_asked_for_once() -> None:

@@ -14,6 +14,7 @@ from training_samples import VOCAB, packed_rows, tiny_llama
 
 from longseq.distributed import ProcessGroups, apply_ulysses, shard_batch
 from longseq.mst import apply_mini_sequence
+from longseq.mst.layer_places import least_of_ranks, lockstep_group
 from longseq.mst.placement import Placement
 
 # Two processes are started, each of which imports PyTorch and most transformers.
@@ -83,6 +84,19 @@ def refused_case() -> list[str]:
     ]
 
 
+def least_case() -> dict[str, Any]:
+    """What ranks of one sequence agree on before they choose where things are kept."""
+    groups, model = ProcessGroups.create(2), make_model()
+    alone = lockstep_group(model)
+    apply_ulysses(model, groups)
+    group, rank = lockstep_group(model), groups.rank
+    return {
+        "alone": alone is None,
+        "shared": group is groups.sp,
+        "least": least_of_ranks([10 + rank, 7 - rank, -5 * rank], group, torch.device("cpu")),
+    }
+
+
 @pytest.fixture(scope="module")
 def outcomes() -> dict[str, list]:
     cases: dict[str, Any] = {
@@ -93,6 +107,7 @@ def outcomes() -> dict[str, list]:
     first = {"kind": "packed", "options": {"head_groups": 2}, "apply_first": True}
     cases["packed, applied first"] = (shared_case, first)
     cases["refused"] = (refused_case, {})
+    cases["least"] = (least_case, {})
     return run_cases(2, cases)
 
 
@@ -132,3 +147,8 @@ def test_groups_that_ranks_cannot_share_are_refused_on_every_rank(outcomes: dict
     for message, *patched in outcomes["refused"]:
         assert "over 2 ranks; use 1, 2 or 'auto'" in message
         assert patched == []
+
+
+def test_ranks_of_a_sequence_agree_on_the_memory_there_is(outcomes: dict[str, list]) -> None:
+    for rank in outcomes["least"]:
+        assert rank == {"alone": True, "shared": True, "least": [10, 6, -5]}
