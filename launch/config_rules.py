@@ -216,6 +216,12 @@ def _streamed_layers_drop_nothing(config: RunConfig, world_size: int | None) -> 
 
 def _streaming_options_are_used(config: RunConfig, world_size: int | None) -> Iterator[str]:
     sequence = config.sequence
+    if sequence.checkpoints == "auto" and sequence.checkpoint_every > 1:
+        yield (
+            f"sequence.checkpoint_every={sequence.checkpoint_every} says how many layers' inputs are kept but "
+            "not where, and sequence.checkpoints=auto chooses both; set sequence.checkpoints=gpu or host, or "
+            "leave it out."
+        )
     if sequence.checkpoints != "none":
         return
     for name, default in (("checkpoint_every", 1), ("head_groups", "auto"), ("save_attention", "none")):

@@ -24,6 +24,7 @@ class MiniSequenceHandle:
         self._patched: list[tuple[nn.Module, Any]] = []
         self._let_go: list[Callable[[], None]] = []
         self._switched_off: list[nn.Module] = []
+        self._said = False
         parts.causal_lm._mini_sequence_handle = self
 
     def patch(self, module: nn.Module, forward: Callable) -> None:
@@ -41,11 +42,16 @@ class MiniSequenceHandle:
         for layer in self._parts.layers:
             if getattr(layer, "gradient_checkpointing", False):
                 layer.gradient_checkpointing = False
-                if not self._switched_off:
-                    logger.info(
-                        "gradient checkpointing is left to the streamed layers, which do it themselves."
-                    )
                 self._switched_off.append(layer)
+        if self._switched_off and not self._said:
+            logger.info("gradient checkpointing is left to the streamed layers, which do it themselves.")
+            self._said = True
+
+    def give_checkpoints_back(self) -> None:
+        """Switch them on again: for layers that run as transformers wrote them, and for good."""
+        for layer in self._switched_off:
+            layer.gradient_checkpointing = True
+        self._switched_off.clear()
 
     def __deepcopy__(self, memo: dict) -> MiniSequenceHandle:
         # The copy's patched forwards would go on computing with this model's weights.
@@ -64,9 +70,7 @@ class MiniSequenceHandle:
         for let_go in self._let_go:
             let_go()
         self._let_go.clear()
-        for layer in self._switched_off:
-            layer.gradient_checkpointing = True
-        self._switched_off.clear()
+        self.give_checkpoints_back()
         causal_lm = self._parts.causal_lm
         if getattr(causal_lm, "_mini_sequence_handle", None) is self:
             del causal_lm._mini_sequence_handle

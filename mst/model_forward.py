@@ -107,21 +107,28 @@ def decoder_forward(parts: CausalLMParts) -> Callable:
         named.update(named.pop("kwargs", {}))
         if named.get("use_cache") is None and decoder.training:
             named["use_cache"] = False
-        parts.causal_lm._mini_sequence_handle.leave_checkpoints_to_layers()
-        _tell_layers(named, parts)
+        handle = parts.causal_lm._mini_sequence_handle
+        if _tell_layers(named, parts):
+            handle.leave_checkpoints_to_layers()
+        else:
+            handle.give_checkpoints_back()
         return original(**named)
 
     return _as_method(decoder, forward)
 
 
-def _tell_layers(named: dict[str, Any], parts: CausalLMParts) -> None:
-    """Replace masks by document bounds: no mask of L x L is made, and streamed layers take none."""
+def _tell_layers(named: dict[str, Any], parts: CausalLMParts) -> bool:
+    """Replace masks by document bounds: no mask of L x L is made, and streamed layers take none.
+
+    Returns:
+        Whether layers are streamed; else they run as transformers wrote them.
+    """
     mask, use_cache = named.get("attention_mask"), named.get("use_cache")
     is_plain = mask is None or (isinstance(mask, Tensor) and mask.dim() == 2)
     has_cache = named.get("past_key_values") is not None
     makes_cache = getattr(parts.decoder.config, "use_cache", False) if use_cache is None else use_cache
     if has_cache or makes_cache or not is_plain:
-        return  # layers then run as transformers wrote them
+        return False
     inputs = named.get("input_ids")
     inputs = named["inputs_embeds"] if inputs is None else inputs
     positions = named.get("position_ids")
@@ -135,6 +142,7 @@ def _tell_layers(named: dict[str, Any], parts: CausalLMParts) -> None:
     if offsets is not None:
         named["document_offsets"] = offsets
     named["attention_mask"] = no_mask(inputs.device)
+    return True
 
 
 def _causal_lm_output(loss: Tensor, outputs: Any, return_dict: bool | None) -> Any:

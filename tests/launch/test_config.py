@@ -206,6 +206,20 @@ def test_a_rule_is_silent_about_a_key_whose_value_is_not_known(slip):
             run(sequence={"loss": "logits", "loss_memory_mib": 100}),
             "has no effect with sequence.loss='logits'",
         ),
+        (
+            run(sequence={"checkpoints": "none", "head_groups": 2}),
+            "sequence.head_groups=2 has no effect with sequence.checkpoints=none, which streams no layer; "
+            "set it to auto",
+        ),
+        (
+            run(sequence={"checkpoints": "none", "save_attention": "all"}),
+            "sequence.save_attention=all has no effect with sequence.checkpoints=none",
+        ),
+        (
+            run(sequence={"checkpoint_every": 2}),
+            "sequence.checkpoint_every=2 says how many layers' inputs are kept but not where, and "
+            "sequence.checkpoints=auto chooses both; set sequence.checkpoints=gpu or host",
+        ),
     ],
 )
 def test_keys_that_disagree_are_one_error_with_a_way_out(values, line):
@@ -225,6 +239,7 @@ def test_keys_that_disagree_are_one_error_with_a_way_out(values, line):
         run(train={"eval_every": 5}, data={"eval_fraction": 0, "eval_source": "x.jsonl"}),
         run(parallel={"offload_optimizer": "cpu", "zero_stage": 1}),
         run(sequence={"length": 16}, parallel={"ulysses_degree": 8}),
+        run(sequence={"checkpoints": "host", "checkpoint_every": 2, "head_groups": 4}),
         run(model={"config": {**LLAMA, "num_key_value_heads": None}}),
         {"model": {"name": "org/model"}},
     ],

@@ -346,3 +346,20 @@ def test_checkpoints_of_transformers_are_left_to_layers_with_a_word(caplog: pyte
     assert [message for message in caplog.messages if "gradient checkpointing" in message] == [
         "gradient checkpointing is left to the streamed layers, which do it themselves."
     ]
+
+
+def test_layers_that_cannot_be_streamed_keep_the_checkpoints_of_transformers() -> None:
+    """A mask of four dimensions: transformers' own forward, under its own checkpoints."""
+    model, batch = make_model(), make_batch()
+    model.gradient_checkpointing_enable()
+    seen: list[bool] = []
+    layer = model.model.layers[0]
+    layer.self_attn.register_forward_pre_hook(lambda *_: seen.append(layer.gradient_checkpointing))
+    apply_mini_sequence(model, tile_tokens=10)
+    step(model, **batch)
+    assert layer.gradient_checkpointing is False
+    mask = torch.ones(37, 37, dtype=torch.bool).tril().expand(2, 1, -1, -1)
+    step(model, **batch, attention_mask=mask)
+    assert seen == [True, True]  # forward, and again in backward: a streamed layer calls no attention module
+    step(model, **batch)
+    assert layer.gradient_checkpointing is False
