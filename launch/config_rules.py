@@ -218,9 +218,9 @@ def _streaming_options_are_used(config: RunConfig, world_size: int | None) -> It
     sequence = config.sequence
     if sequence.checkpoints == "auto" and sequence.checkpoint_every > 1:
         yield (
-            f"sequence.checkpoint_every={sequence.checkpoint_every} says how many layers' inputs are kept but "
-            "not where, and sequence.checkpoints=auto chooses both; set sequence.checkpoints=gpu or host, or "
-            "leave it out."
+            f"sequence.checkpoint_every={sequence.checkpoint_every} says how many layers' inputs are kept "
+            "but not where, and sequence.checkpoints=auto chooses both; set sequence.checkpoints=gpu or "
+            "host, or leave it out."
         )
     if sequence.checkpoints != "none":
         return
