@@ -107,7 +107,8 @@ def _wait(process: subprocess.Popen) -> int:
             return process.wait()
         except KeyboardInterrupt:
             _pass_on(process, signal.SIGINT)
-            return process.wait()
+            process.wait()
+            return 130  # whatever a worker died of that was in a collective with one already gone
     except KeyboardInterrupt:  # the second: nobody wants to wait
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
