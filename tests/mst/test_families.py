@@ -31,6 +31,7 @@ KNOBS = [
     {"tile_tokens": None, "head_groups": 2, "save_attention": "host", "checkpoints": "host"},
     {"tile_tokens": 10, "head_groups": 4, "save_attention": "gpu", "checkpoints": "gpu", "loss": "logits"},
     {"tile_tokens": 1000, "head_groups": 2, "save_attention": 1, "checkpoints": Placement(every=2)},
+    {"tile_tokens": 10, "head_groups": 2, "save_attention": "all", "checkpoints": "host"},
     {"tile_tokens": 10, "checkpoints": "none"},
 ]
 """Each knob in each of its ways, and groups with and without all heads' projections at once."""
