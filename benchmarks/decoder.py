@@ -38,6 +38,7 @@ from decoder_model import (
 )
 from decoder_variants import Variant, choose, place
 from torch import nn
+from transformers import LlamaConfig
 
 from longseq.launch.flops import ModelShape, model_flops
 
@@ -73,7 +74,10 @@ class Bench:
         self.args = args
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self.num_layers = args.layers or NUM_LAYERS[args.shape]
-        self.budget = Budget(args.minutes)
+        shape = ModelShape.from_hf_config(
+            LlamaConfig(**SHAPES[args.shape], num_hidden_layers=self.num_layers)
+        )
+        self.budget = Budget(args.minutes, lambda num_tokens: model_flops(shape, [num_tokens]))
         self.left_out: Row = {}
         self.refused: list[str] = []
         self.facts: Row = {

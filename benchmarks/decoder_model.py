@@ -176,8 +176,12 @@ def attempt(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
 class Budget:
     """The minutes that a run may take, and what its next step will."""
 
-    def __init__(self, minutes: float | None) -> None:
+    def __init__(
+        self, minutes: float | None, work: Callable[[int], float] = lambda num_tokens: num_tokens**2
+    ) -> None:
+        """`work` says how the work of a step grows with its tokens; by their square it is surely less."""
         self._end = None if minutes is None else time.monotonic() + 60 * minutes
+        self._work = work
         self._seen: dict[int, float] = {}
 
     def add(self, num_tokens: int, seconds: float) -> None:
@@ -185,13 +189,13 @@ class Budget:
         self._seen[num_tokens] = max(seconds, self._seen.get(num_tokens, 0.0))
 
     def allows(self, num_tokens: int, num_steps: int, start_s: float = 0.0) -> bool:
-        """Whether so many steps still fit; unknown lengths are guessed by the square, as attention grows."""
+        """Whether so many steps still fit; an unknown length is guessed from the nearest one's time."""
         if self._end is None:
             return True
         step_s = 0.0
         if self._seen:
             nearest = min(self._seen, key=lambda seen: abs(seen - num_tokens))
-            step_s = self._seen[nearest] * max(1.0, num_tokens / nearest) ** 2
+            step_s = self._seen[nearest] * max(1.0, self._work(num_tokens) / self._work(nearest))
         return time.monotonic() + start_s + 1.1 * num_steps * step_s <= self._end
 
 

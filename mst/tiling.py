@@ -20,8 +20,8 @@ def choose_tile_tokens(
     float32 sum of the weights' gradients is read and written, 3 x D x F x 12 bytes with the bf16 gradient
     that is added. At 600 TFLOP/s and 4 TB/s (an H200) the reading is 150 / T of a forward pass, and mostly
     hidden behind the products; the sum is 225 / T of the step: 5 % at 4,096 tokens, 3 % at 8,192, 1 % at
-    16,384. Measured there, products run at full speed at 8,192 and 16,384 tokens, and a weight's gradient
-    that is accumulated in float32 costs 2-3 % more than one in bf16.
+    16,384. Measured on an H100 (benchmarks/results/decoder_head_groups.md), tiles of 16,384 tokens run their
+    products as fast as all 65,536 at once, sums in float32 included.
 
     Memory sets the most: backward by autograd holds about six intermediates of `(T, F)`, which are to fit in
     `TILE_MEMORY_BYTES` unless that falls under the least. It does not depend on the length, so a longer

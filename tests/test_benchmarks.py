@@ -375,6 +375,15 @@ def test_a_run_ends_before_its_minutes_do(decoder, monkeypatch, capsys) -> None:
     assert "no time left: transformers-gpu at 64" in capsys.readouterr().out
 
 
+def test_a_budget_goes_by_the_work_there_is(decoder) -> None:
+    """Four times the tokens are seven times the work of an 8B model at these lengths, not sixteen times."""
+    args = decoder["decoder"].parser().parse_args(["--minutes", "1"])
+    budget = decoder["decoder"].Bench(args).budget
+    budget.add(16384, 2.0)
+    assert budget.allows(65536, 3)
+    assert not budget.allows(65536, 4)
+
+
 def test_slopes_are_those_of_a_variants_own_lengths(decoder) -> None:
     def row(key: str, tokens: int, peak: float | None) -> dict[str, Any]:
         return {"key": key, "variant": key, "tokens": tokens, "peak GiB": peak}
