@@ -45,12 +45,12 @@ NOTE = """Memory-verified, not trained: one forward and one backward through all
 computed in the last "real" layers alone. In the others a stub returns zeros and takes the memory that the
 kernel would, for as long: float32 sums of dq and dk, dv of every query head (cuDNN), or float32 dq, dk, dv
 (fa4), beside the three gradients. At 131,072 tokens of 32 query and 8 key/value heads of 128 that is to the
-MiB what was measured of both kernels on an H200 on 22 November 2026: 5,648 and 4,640. Where only some of
-the model's layers are run ("8 of 32"), the weights of the others and what they would keep for backward are held beside the step, on
-the GPU and in pinned host memory; a layer's own work is the same in each. Seconds are of the layers run,
-without the stubbed attention and with the pinning of new host memory: no training time. bfloat16, batch 1,
-random weights and tokens. "Reserved" is what PyTorch's allocator held at its peak, "host" what is pinned for
-checkpoints."""
+MiB what was measured of both kernels on an H200 on 22 November 2026: 5,648 and 4,640. Where only some of the
+model's layers are run ("8 of 32"), the weights of the others and what they would keep for backward are held
+beside the step, on the GPU and in pinned host memory; a layer's own work is the same in each. Seconds are of
+the layers run, without the stubbed attention and with the pinning of new host memory: no training time.
+bfloat16, batch 1, random weights and tokens. "Reserved" is what PyTorch's allocator held at its peak, "host"
+what is pinned for checkpoints."""
 
 
 class StubAttention:
