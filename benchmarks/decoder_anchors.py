@@ -88,13 +88,12 @@ def liger(model: nn.Module) -> Prepared:
 def alst(model: nn.Module, *, host: bool = False) -> Prepared:
     """DeepSpeed's `TiledMLP` and `TiledFusedLogitsLoss` with layer checkpoints, on the host if asked."""
     need("deepspeed", "deepspeed")
-    from deepspeed.runtime.sequence_parallel.ulysses_sp import TiledFusedLogitsLoss, TiledMLP
+    from deepspeed.runtime.sequence_parallel.ulysses_sp import TiledFusedLogitsLoss
 
-    offload = _AlstOffload() if host else None
+    offload = AlstOffload() if host else None
     if host:
         need_cuda(model, "a checkpoint on the host")
-    for layer in model.model.layers:
-        layer.mlp.forward = MethodType(_tiled_by(TiledMLP), layer.mlp)
+    tile_mlps(model)
     checkpoint_layers(model)
     params = [model.lm_head.weight]
 
@@ -116,7 +115,7 @@ def alst(model: nn.Module, *, host: bool = False) -> Prepared:
     return Prepared(loss) if offload is None else Prepared(loss, around=offload, forget=offload.forget)
 
 
-class _AlstOffload:
+class AlstOffload:
     """DeepSpeed's copies of layer inputs on a stream of their own, with one pool of buffers for all steps."""
 
     def __init__(self) -> None:
@@ -135,6 +134,14 @@ class _AlstOffload:
 
     def forget(self) -> None:
         self._manager = None
+
+
+def tile_mlps(model: nn.Module) -> None:
+    """DeepSpeed's `TiledMLP` in each layer, on the instances."""
+    from deepspeed.runtime.sequence_parallel.ulysses_sp import TiledMLP
+
+    for layer in model.model.layers:
+        layer.mlp.forward = MethodType(_tiled_by(TiledMLP), layer.mlp)
 
 
 def _tiled_by(tiled_mlp: Any) -> Callable[[nn.Module, Tensor], Tensor]:

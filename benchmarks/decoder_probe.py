@@ -12,6 +12,7 @@ import argparse
 import functools
 import json
 import os
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,31 +55,29 @@ what is pinned for checkpoints."""
 
 
 class StubAttention:
-    """Zeros in place of attention, and its kernel's memory; see `UlyssesAttention` for the interface."""
+    """Zeros in place of attention, and its kernel's memory; as `UlyssesAttention` is called."""
 
     sp_size = 1
 
     def __init__(self, kernel: str) -> None:
         self._kernel = kernel
 
-    def forward(
-        self, query: Tensor, key: Tensor, value: Tensor, options: Any, documents: Any = None
-    ) -> tuple[Tensor, Tensor]:
-        """Output and log-sum-exp of `(B, N, S, H)`, laid out as cuDNN's."""
+    def forward_groups(self, groups: Iterable[tuple], options: Any, documents: Any = None) -> Iterator[tuple]:
+        """Output and log-sum-exp of each group's `(B, N, S, H)`, laid out as cuDNN's."""
+        return map(self._forward, groups)
+
+    def backward_groups(
+        self, groups: Iterable[tuple], options: Any, documents: Any = None
+    ) -> Iterator[tuple]:
+        """Gradients of zero, beside a workspace that is freed with each group's call."""
+        return map(self._backward, groups)
+
+    def _forward(self, tensors: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+        query = tensors[0]
         return torch.zeros_like(query), query.new_zeros(*query.shape[:3], 1, dtype=torch.float32)
 
-    def backward(
-        self,
-        grad_out: Tensor,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        options: Any,
-        documents: Any = None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Gradients of zero, beside a workspace that is freed with the call."""
+    def _backward(self, tensors: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
+        _, query, key, value, *_ = tensors
         sizes = workspace(self._kernel, query, key)
         held = [torch.empty(count, dtype=dtype, device=query.device) for count, dtype in sizes]
         grads = torch.zeros_like(query), torch.zeros_like(key), torch.zeros_like(value)

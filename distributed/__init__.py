@@ -1,8 +1,16 @@
 """Who holds what, and who sends it: sequence parallelism, the exact global loss, and the engines."""
 
+from .apply_ulysses import apply_ulysses
 from .groups import ProcessGroups
 from .loss import global_token_loss
-from .sequence import shard_batch
-from .ulysses import apply_ulysses
+from .probe import measure_reducer_divisor
+from .sequence import shard_batch, unshard
 
-__all__ = ["ProcessGroups", "apply_ulysses", "global_token_loss", "shard_batch"]
+__all__ = [
+    "ProcessGroups",
+    "apply_ulysses",
+    "global_token_loss",
+    "measure_reducer_divisor",
+    "shard_batch",
+    "unshard",
+]

@@ -2,14 +2,16 @@
 
 A kernel is three functions. `refusal` says why it cannot do a problem, or None; it looks at dtypes, devices,
 shapes and options only, so that forward and backward agree. `forward` gives the output and the log-sum-exp of
-each row of scores in a layout of the kernel's own; `backward` takes both and gives the three gradients.
-None of them is traced by autograd, and none makes an L x L mask.
+each row of scores, a natural logarithm, in a layout of the kernel's own; `backward` takes both and gives the
+three gradients. None of them is traced by autograd, and none makes an L x L mask. Sinks need nothing of a
+kernel (per_head.py).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from importlib import metadata
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -17,7 +19,7 @@ import torch
 from torch import Tensor
 
 LOW_PRECISION = (torch.bfloat16, torch.float16)
-KERNEL_NAMES = ("auto", "fa4", "cudnn", "flash", "cpu", "blockwise")
+KERNEL_NAMES = ("auto", "fa4", "fa3", "cudnn", "flash", "fa2", "cpu", "blockwise")
 
 
 @dataclass(frozen=True)
@@ -99,6 +101,16 @@ class Kernel(NamedTuple):
     refusal: Callable[[Tensor, Tensor, AttentionOptions, Documents], str | None]
     forward: Callable[[Tensor, Tensor, Tensor, AttentionOptions, Documents], tuple[Tensor, Tensor]]
     backward: Callable[..., tuple[Tensor, Tensor, Tensor]]
+    no_alibi: str | None = "it has no ALiBi slopes"
+    """Why it cannot take ALiBi slopes; None where `forward` and `backward` take them `(N,)` as a last one."""
+
+
+def installed_version(package: str) -> str | None:
+    """The version of a package as pip names it, without importing it; None where it is not installed."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def needs_low_precision_gpu(query: Tensor) -> str | None:
@@ -110,6 +122,20 @@ def needs_low_precision_gpu(query: Tensor) -> str | None:
     return None
 
 
+def needs_ampere(query: Tensor) -> str | None:
+    """Why flash-attention 2's code cannot run on the GPU of these queries, or None."""
+    major, minor = torch.cuda.get_device_capability(query.device)
+    return None if major >= 8 else f"it needs an Ampere GPU or newer, not compute capability {major}.{minor}"
+
+
+def needs_width(query: Tensor, most: int) -> str | None:
+    """Why a kernel of heads of up to `most` numbers cannot take these queries, or None."""
+    width = query.shape[-1]
+    return (
+        f"it takes heads of a multiple of 8 up to {most}, not {width}" if width % 8 or width > most else None
+    )
+
+
 def dense_rows(tensor: Tensor) -> Tensor:
     """The tensor itself where each head's row lies in one piece, as kernels ask; strided views stay views.
 
@@ -119,16 +145,14 @@ def dense_rows(tensor: Tensor) -> Tensor:
 
 
 def _cudnn_refusal(query: Tensor, key: Tensor, options: AttentionOptions, documents: Documents) -> str | None:
-    reason = needs_low_precision_gpu(query)
+    reason = needs_low_precision_gpu(query) or needs_ampere(query)
     if reason:
         return reason
     if options.window is not None or options.softcap is not None:
         return "it has no window and no softcap"
     if len(documents.spans) > 1:
         return "it takes one document a row"
-    if query.shape[-1] % 8 or query.shape[-1] > 128:
-        return f"it takes heads of a multiple of 8 up to 128, not {query.shape[-1]}"
-    return "it takes no sequence of one token" if query.shape[2] == 1 else None
+    return needs_width(query, 128) or ("it takes no sequence of one token" if query.shape[2] == 1 else None)
 
 
 def _cudnn_forward(
@@ -167,14 +191,10 @@ CUDNN = Kernel(_cudnn_refusal, _cudnn_forward, _cudnn_backward)
 
 
 def _flash_refusal(query: Tensor, key: Tensor, options: AttentionOptions, documents: Documents) -> str | None:
-    reason = needs_low_precision_gpu(query)
+    reason = needs_low_precision_gpu(query) or needs_ampere(query)
     if reason:
         return reason
-    if options.softcap is not None:
-        return "it has no softcap"
-    if query.shape[-1] % 8 or query.shape[-1] > 256:
-        return f"it takes heads of a multiple of 8 up to 256, not {query.shape[-1]}"
-    return None
+    return "it has no softcap" if options.softcap is not None else needs_width(query, 256)
 
 
 def by_token(tensor: Tensor, documents: Documents) -> Tensor:
@@ -227,7 +247,7 @@ def _flash_backward(
     return by_head(grads[0]), by_head(grads[1]), by_head(grads[2])
 
 
-FLASH = Kernel(_flash_refusal, _flash_forward, _flash_backward)
+FLASH = Kernel(_flash_refusal, _flash_forward, _flash_backward, no_alibi="its backward has no ALiBi slopes")
 
 
 def _cpu_refusal(query: Tensor, key: Tensor, options: AttentionOptions, documents: Documents) -> str | None:

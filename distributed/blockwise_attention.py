@@ -1,4 +1,4 @@
-"""Attention in plain PyTorch, block of rows by block of rows: any dtype, any device, windows and softcap.
+"""Attention in plain PyTorch, by blocks of rows: any dtype, any device, windows, softcap and ALiBi.
 
 It is the definition of right for the other kernels (in float64), and does what none of them can. A block
 meets only the keys that one of its rows can see, so that work and memory follow the window and the document.
@@ -60,6 +60,18 @@ def _scores(query: Tensor, key: Tensor, options: AttentionOptions) -> Tensor:
     return scores if options.softcap is None else scores.div_(options.softcap).tanh_().mul_(options.softcap)
 
 
+def _add_alibi(scores: Tensor, slopes: Tensor | None, rows: slice, keys: slice) -> Tensor:
+    """Add `slope * (key - row)` to `(B, K, N / K * rows, keys)`, in place."""
+    if slopes is None:
+        return scores
+    row = torch.arange(rows.start, rows.stop, device=scores.device).unsqueeze(1)
+    # Whole numbers of tokens, and so exact also in float32.
+    forward = (torch.arange(keys.start, keys.stop, device=scores.device) - row).to(scores.dtype)
+    by_row = scores.unflatten(2, (-1, rows.stop - rows.start))
+    by_row.addcmul_(slopes.to(scores.dtype).view(scores.shape[1], -1, 1, 1), forward)
+    return scores
+
+
 def _hide(scores: Tensor, rows: slice, keys: slice, window: int | None, value: float) -> Tensor:
     """Fill what may not be seen of `(B, K, N / K * rows, keys)`, in place."""
     by_row = scores.unflatten(2, (-1, rows.stop - rows.start))
@@ -72,7 +84,12 @@ def _statistics_dtype(query: Tensor) -> torch.dtype:
 
 
 def _forward(
-    query: Tensor, key: Tensor, value: Tensor, options: AttentionOptions, documents: Documents
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    options: AttentionOptions,
+    documents: Documents,
+    slopes: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     dtype, num_kv_heads = _statistics_dtype(query), key.shape[1]
     out = torch.empty_like(query)
@@ -80,7 +97,7 @@ def _forward(
     key, value = key.to(dtype), value.to(dtype)
     for rows, keys in _blocks(query, options, documents):
         scaled = _grouped(query, rows, num_kv_heads, dtype) * options.scale
-        scores = _scores(scaled, key[:, :, keys], options)
+        scores = _add_alibi(_scores(scaled, key[:, :, keys], options), slopes, rows, keys)
         _hide(scores, rows, keys, options.window, -torch.inf)
         highest = scores.amax(-1, keepdim=True)
         weights = scores.sub_(highest).exp_()
@@ -100,6 +117,7 @@ def _backward(
     lse: Tensor,
     options: AttentionOptions,
     documents: Documents,
+    slopes: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     dtype, num_kv_heads = _statistics_dtype(query), key.shape[1]
     grad_query = torch.empty_like(query)
@@ -111,8 +129,10 @@ def _backward(
         delta = (upstream * _grouped(out, rows, num_kv_heads, dtype)).sum(-1, keepdim=True)
         scores = _scores(scaled, wide_key[:, :, keys], options)
         row_lse = _grouped(lse.unsqueeze(-1), rows, num_kv_heads, dtype)
-        # Hidden scores are zeroed after the exponential: the softcap's derivative needs them finite.
-        weights = _hide((scores - row_lse).exp_(), rows, keys, options.window, 0.0)
+        # Hidden scores are zeroed after the exponential: the softcap's derivative needs them finite, and
+        # without the slopes.
+        weights = _add_alibi(scores - row_lse, slopes, rows, keys).exp_()
+        _hide(weights, rows, keys, options.window, 0.0)
         grad_value[:, :, keys] += weights.transpose(-1, -2) @ upstream
         grad_scores = (upstream @ wide_value[:, :, keys].transpose(-1, -2)).sub_(delta).mul_(weights)
         if options.softcap is not None:
@@ -124,4 +144,4 @@ def _backward(
     return grad_query, grad_key.to(key.dtype), grad_value.to(value.dtype)
 
 
-BLOCKWISE = Kernel(_refusal, _forward, _backward)
+BLOCKWISE = Kernel(_refusal, _forward, _backward, no_alibi=None)

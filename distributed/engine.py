@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +13,18 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .groups import ProcessGroups
+from .state_files import (
+    WEIGHT,
+    Piece,
+    SavedState,
+    load_buffers,
+    loaded_scalar,
+    persistent_buffers,
+    split_state,
+    write_pieces,
+)
 
 REDUCE_BUCKET_BYTES = 2**28
-SETTINGS = ("betas", "eps", "weight_decay")
-"""Of an optimizer, what is the config's to say and not the checkpoint's."""
 
 
 class NonFiniteGradientError(RuntimeError):
@@ -32,8 +39,12 @@ class Engine(ABC):
     """
 
     module: nn.Module
+    zero_stage: int
+    """What is spread over the ranks: 0 nothing, 1 optimizer states, 2 gradients too, 3 weights too."""
     reducer_divisor: float
     """What summed gradients are divided by on their way over the ranks; see `distributed/loss.py`."""
+    accumulation_steps: int
+    """Micro batches of a step."""
 
     @abstractmethod
     def __call__(self, **batch: Any) -> Any:
@@ -55,12 +66,24 @@ class Engine(ABC):
         """
 
     @abstractmethod
+    def reduced_grad(self, param: nn.Parameter) -> Tensor | None:
+        """The whole gradient that the last micro batch's `step` will use; every rank calls it before that."""
+
+    @abstractmethod
+    def reset_optimizer(self) -> None:
+        """Bring the optimizer's state back to before its first step."""
+
+    @abstractmethod
     def save(self, folder: Path) -> None:
-        """Write weights and optimizer state; every rank calls it."""
+        """Write weights and optimizer state into a folder of their own; every rank calls it."""
 
     @abstractmethod
     def load(self, folder: Path) -> None:
-        """Read what `save` wrote; every rank calls it."""
+        """Read what `save` of any engine wrote, on any number of ranks; every rank calls it.
+
+        Raises:
+            ValueError: It is of another model, or a part of it is not there.
+        """
 
 
 class LocalEngine(Engine):
@@ -69,6 +92,7 @@ class LocalEngine(Engine):
     Weights, gradients and optimizer states are float32; `bf16` is autocast.
     """
 
+    zero_stage = 0
     reducer_divisor = 1.0
 
     def __init__(
@@ -84,10 +108,11 @@ class LocalEngine(Engine):
         self.module = module
         self._optimizer = optimizer
         self._groups = groups
-        self._accumulation_steps = accumulation_steps
+        self.accumulation_steps = accumulation_steps
         self._clip_norm = clip_norm
         self._bf16 = bf16
         self._micro_steps = 0
+        self._is_summed = False
         self._params = [param for param in module.parameters() if param.requires_grad]
 
     def __call__(self, **batch: Any) -> Any:
@@ -100,9 +125,10 @@ class LocalEngine(Engine):
 
     def step(self, lr: float) -> float | None:
         self._micro_steps += 1
-        if self._micro_steps % self._accumulation_steps:
+        if self._micro_steps % self.accumulation_steps:
             return None
         self._sum_over_ranks()
+        self._is_summed = False
         norm_tensor = nn.utils.clip_grad_norm_(self._params, self._clip_norm or float("inf"))
         norm = float(norm_tensor)  # the step's one wait for the device: no update may follow a NaN
         if not torch.isfinite(norm_tensor):
@@ -115,41 +141,51 @@ class LocalEngine(Engine):
         return norm
 
     def save(self, folder: Path) -> None:
-        from safetensors.torch import save_file
-
         if not self._groups.is_main:
             return
         folder.mkdir(parents=True, exist_ok=True)
+        weights, states = [], []
         # Frozen weights are where they came from: a checkpoint of adapters holds the adapters.
-        parameters = self.module.named_parameters(remove_duplicate=False)
-        frozen = {name for name, param in parameters if not param.requires_grad}
-        state = {name: tensor for name, tensor in self.module.state_dict().items() if name not in frozen}
-        weights = {name: tensor.contiguous() for name, tensor in unique_tensors(state).items()}
-        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-        torch.save(self._optimizer.state_dict(), folder / "optimizer.pt")
+        for name, param in self._named_params():
+            tensors, scalars = split_state(self._optimizer.state.get(param, {}), param)
+            weights.append(Piece(name, tuple(param.shape), 0, {WEIGHT: param}))
+            states.append(Piece(name, tuple(param.shape), 0, tensors, scalars))
+        buffers = persistent_buffers(self.module)
+        write_pieces(folder / "model.safetensors", weights, num_files=2, buffers=buffers)
+        write_pieces(folder / "optimizer.safetensors", states, num_files=2)
 
+    @torch.no_grad()
     def load(self, folder: Path) -> None:
-        from safetensors.torch import load_file
+        saved = SavedState(folder)
+        shapes = {name: tuple(param.shape) for name, param in self._named_params()}
+        saved.check(shapes, persistent_buffers(self.module))
+        group_of = {param: group for group in self._optimizer.param_groups for param in group["params"]}
+        for name, param in self._named_params():
+            param.copy_(saved.whole(name, dtype=param.dtype))
+            # The settings in the groups stay the config's.
+            self._optimizer.state[param] = {
+                **{key: saved.whole(name, key, param.dtype).to(param.device) for key in saved.states(name)},
+                **{
+                    key: loaded_scalar(value, group=group_of[param], device=param.device)
+                    for key, value in saved.scalars(name).items()
+                },
+            }
+        load_buffers(self.module, saved)
 
-        weights = load_file(folder / "model.safetensors")
-        missing, unexpected = self.module.load_state_dict(weights, strict=False)
-        # Tied weights are written once; what a name shares with one that was read is not missing.
-        state = self.module.state_dict()
-        there = {state[name].data_ptr() for name in weights if name in state}
-        there |= {param.data_ptr() for param in self.module.parameters() if not param.requires_grad}
-        missing = [name for name in missing if state[name].data_ptr() not in there]
-        if missing or unexpected:
-            raise ValueError(
-                f"{folder} is of another model: missing {missing[:3]}, unexpected {list(unexpected)[:3]}."
-            )
-        device = self._params[0].device
-        state = torch.load(folder / "optimizer.pt", map_location=device, weights_only=True)
-        with kept_settings(self._optimizer):
-            self._optimizer.load_state_dict(state)
+    def _named_params(self) -> list[tuple[str, nn.Parameter]]:
+        return [(name, param) for name, param in self.module.named_parameters() if param.requires_grad]
+
+    def reduced_grad(self, param: nn.Parameter) -> Tensor | None:
+        self._sum_over_ranks()
+        return param.grad
+
+    def reset_optimizer(self) -> None:
+        self._optimizer.state.clear()
 
     def _sum_over_ranks(self) -> None:
-        if self._groups.world_size == 1:
+        if self._groups.world_size == 1 or self._is_summed:
             return
+        self._is_summed = True
         # Every rank must send the same: a weight that this rank's tokens did not reach has gradient 0.
         for param in self._params:
             if param.grad is None:
@@ -159,27 +195,6 @@ class LocalEngine(Engine):
             dist.all_reduce(flat)
             for grad, part in zip(bucket, flat.split([grad.numel() for grad in bucket]), strict=True):
                 grad.copy_(part.view_as(grad))
-
-
-@contextmanager
-def kept_settings(optimizer: Optimizer) -> Iterator[None]:
-    """What a config says of betas, eps and decay outlives the loading of a state that has its own."""
-    settings = [{name: group[name] for name in SETTINGS if name in group} for group in optimizer.param_groups]
-    yield
-    for group, mine in zip(optimizer.param_groups, settings, strict=True):
-        group.update(mine)
-
-
-def unique_tensors(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A state dict in which tensors that share memory (tied weights) stand once."""
-    seen: set[int] = set()
-    unique = {}
-    for name, tensor in state.items():
-        if tensor.numel() and tensor.data_ptr() in seen:
-            continue
-        seen.add(tensor.data_ptr())
-        unique[name] = tensor
-    return unique
 
 
 def _buckets(grads: list[Tensor]) -> list[list[Tensor]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -77,7 +78,9 @@ def pad_batch(batch: dict[str, Tensor], multiple: int, pad_token_id: int = 0) ->
     return padded
 
 
-def shard_batch(batch: dict[str, Tensor], groups: ProcessGroups, pad_token_id: int = 0) -> dict[str, Tensor]:
+def shard_batch(
+    batch: dict[str, Tensor], groups: ProcessGroups, pad_token_id: int = 0, multiple: int = 1
+) -> dict[str, Tensor]:
     """This rank's part of a batch that every rank of its sequence holds whole.
 
     Labels are shifted before the cut, so that no label is lost where two shards meet.
@@ -88,10 +91,12 @@ def shard_batch(batch: dict[str, Tensor], groups: ProcessGroups, pad_token_id: i
             documents too.
         groups: The process groups.
         pad_token_id: Word that fills a length that does not divide.
+        multiple: S is a multiple of this many tokens.
 
     Returns:
-        `input_ids`, `shift_labels`, `position_ids`, `(B, S)` with S = ceil(L / sp), and `document_offsets`
-        of the whole padded sequence where the batch has them.
+        `input_ids`, `shift_labels`, `position_ids`, `(B, S)` with S = ceil(L / sp) or the next multiple, and
+        `document_offsets` of the whole padded sequence where the batch has them or has one row: by them no
+        layer need look at the positions again.
 
     Raises:
         ValueError: Tensors that do not fit together, or one that would be left out.
@@ -108,10 +113,40 @@ def shard_batch(batch: dict[str, Tensor], groups: ProcessGroups, pad_token_id: i
     whole = {"input_ids": ids, "shift_labels": shift_labels(labels, offsets), "position_ids": position_ids}
     if offsets is not None:
         whole["document_offsets"] = offsets
-    whole = pad_batch(whole, groups.sp_size, pad_token_id)
+    whole = pad_batch(whole, groups.sp_size * multiple, pad_token_id)
+    if offsets is None and ids.shape[0] == 1:
+        # The padding goes on with the one document: nothing before it sees it.
+        whole["document_offsets"] = torch.tensor([0, whole["input_ids"].shape[1]], dtype=torch.int32)
     shard = whole["input_ids"].shape[1] // groups.sp_size
     mine = slice(groups.sp_rank * shard, (groups.sp_rank + 1) * shard)
-    return {name: value if name == "document_offsets" else value[:, mine] for name, value in whole.items()}
+    # Contiguous: transformers' own loss takes labels by a view.
+    return {
+        name: value if name == "document_offsets" else value[:, mine].contiguous()
+        for name, value in whole.items()
+    }
+
+
+def unshard(shard: Tensor, groups: ProcessGroups, num_tokens: int | None = None) -> Tensor:
+    """The whole sequence's tensor from every rank's part; the way back from `shard_batch`, one collective.
+
+    Gradients reach this rank's own part alone. Where every rank computes the same loss from the whole, and
+    gradients are then summed over the ranks, that is once for each token.
+
+    Args:
+        shard: This rank's part, `(B, S, ...)`, such as hidden states or log-probabilities.
+        groups: The process groups.
+        num_tokens: Length before padding; None keeps the padding.
+
+    Returns:
+        `(B, L, ...)`.
+    """
+    if groups.sp_size > 1:
+        mine = shard.detach().contiguous()
+        parts = [torch.empty_like(mine) for _ in range(groups.sp_size)]
+        dist.all_gather(parts, mine, group=groups.sp)
+        parts[groups.sp_rank] = shard
+        shard = torch.cat(parts, dim=1)
+    return shard if num_tokens is None else shard[:, :num_tokens]
 
 
 def _check_batch(batch: dict[str, Tensor]) -> None:

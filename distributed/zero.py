@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import io
 import logging
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,48 +18,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from .engine import Engine, NonFiniteGradientError, kept_settings
+from .engine import Engine, NonFiniteGradientError
 from .groups import ProcessGroups
+from .zero_config import ZeroOptions
+from .zero_state import load_partitions, save_partitions
 
 logger = logging.getLogger(__name__)
-
-TAG = "zero"
-
-
-@dataclass(frozen=True)
-class ZeroOptions:
-    """What DeepSpeed is asked for."""
-
-    stage: int
-    accumulation_steps: int = 1
-    clip_norm: float | None = None
-    bf16: bool = False
-    offload_optimizer: bool = False
-    offload_parameters: bool = False
-
-    def deepspeed_config(self, world_size: int) -> dict[str, Any]:
-        """DeepSpeed's own JSON. Batch sizes only tell it how many micro batches make a step."""
-        zero: dict[str, Any] = {"stage": self.stage}
-        if self.offload_optimizer:
-            zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
-        if self.offload_parameters:
-            zero["offload_param"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
-        config: dict[str, Any] = {
-            "train_micro_batch_size_per_gpu": 1,
-            "gradient_accumulation_steps": self.accumulation_steps,
-            "train_batch_size": self.accumulation_steps * world_size,
-            # DeepSpeed's default is 1.0: it must be switched off by name.
-            "gradient_clipping": self.clip_norm or 0.0,
-            "zero_optimization": zero,
-            "zero_allow_untested_optimizer": True,
-            # DeepSpeed's own CPU Adam is compiled at first use; torch's fused one is not.
-            "zero_force_ds_cpu_optimizer": False,
-            "steps_per_print": 2**31,
-        }
-        if self.bf16:
-            config["bf16"] = {"enabled": True}
-            config["data_types"] = {"grad_accum_dtype": "fp32"}
-        return config
 
 
 class DeepSpeedEngine(Engine):
@@ -72,16 +34,17 @@ class DeepSpeedEngine(Engine):
     ) -> None:
         self._groups = groups
         self._options = options
+        self.zero_stage = options.stage
         self.reducer_divisor = float(groups.world_size)
         with _quiet_deepspeed():
             import deepspeed
 
-            self._engine, *_ = deepspeed.initialize(
-                model=module, optimizer=optimizer, config=options.deepspeed_config(groups.world_size)
-            )
+            _cast_what_is_whole(module, options)
+            config = options.deepspeed_config(groups.world_size, module)
+            self._engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config)
         self.module = self._engine.module
-        _name_the_stage(self._engine.optimizer)
         self._micro_steps = 0
+        self.accumulation_steps = options.accumulation_steps
 
     def __call__(self, **batch: Any) -> Any:
         return self._engine(**batch)
@@ -94,38 +57,39 @@ class DeepSpeedEngine(Engine):
         for group in self._engine.optimizer.param_groups:
             group["lr"] = lr
         self._engine.step()
-        if self._micro_steps % self._options.accumulation_steps:
+        if self._micro_steps % self.accumulation_steps:
             return None
         if self._engine.optimizer.overflow:  # DeepSpeed has skipped the update, on every rank
             raise NonFiniteGradientError("gradient is inf or NaN")
         return float(self._engine.get_global_grad_norm())
 
+    def reduced_grad(self, param: nn.Parameter) -> Tensor | None:
+        from deepspeed.utils import safe_get_full_grad
+
+        return safe_get_full_grad(param)
+
+    def reset_optimizer(self) -> None:
+        # In place: DeepSpeed has handed these tensors on.
+        for state in self._engine.optimizer.optimizer.state.values():
+            for value in state.values():
+                if isinstance(value, Tensor):
+                    value.zero_()
+
     def save(self, folder: Path) -> None:
-        with _quiet_deepspeed():
-            # Frozen weights are where they came from: a checkpoint of adapters holds the adapters.
-            self._engine.save_checkpoint(str(folder), tag=TAG, exclude_frozen_parameters=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / f"rank-{self._groups.rank:05d}.safetensors"
+        save_partitions(path, self._engine.optimizer, self.module, num_files=self._groups.world_size)
 
     def load(self, folder: Path) -> None:
-        self._check_layout(folder)
-        # Frozen weights are not in a checkpoint; where there are none, every weight must be.
-        strict = all(param.requires_grad for param in self.module.parameters())
-        with _quiet_deepspeed(), weights_only_loads(), kept_settings(self._engine.optimizer):
-            loaded, _ = self._engine.load_checkpoint(
-                str(folder), tag=TAG, load_module_strict=strict, load_lr_scheduler_states=False
-            )
-        if loaded is None:
-            raise ValueError(f"DeepSpeed found no checkpoint in {folder}.")
+        with _quiet_deepspeed():
+            load_partitions(folder, self._engine.optimizer, self.module)
 
-    def _check_layout(self, folder: Path) -> None:
-        shards = len(list((folder / TAG).glob("*_optim_states.pt")))
-        if not shards:
-            raise ValueError(f"{folder} holds no ZeRO checkpoint: there is no *_optim_states.pt in {TAG}/.")
-        if shards != self._groups.world_size:
-            raise ValueError(
-                f"{folder} was written by {shards} processes and this run has {self._groups.world_size}; "
-                "ZeRO's shards load on the same number alone. Start with as many, or `longseq export` it "
-                "and train from that."
-            )
+
+def _cast_what_is_whole(module: nn.Module, options: ZeroOptions) -> None:
+    """As DeepSpeed does, except where some weights are sharded already: adapters would stay float32."""
+    for param in module.parameters() if options.bf16 else ():
+        if not hasattr(param, "ds_id") and param.is_floating_point():
+            param.data = param.data.bfloat16()
 
 
 def gather_whole(module: nn.Module) -> Callable[[], None]:
@@ -174,51 +138,6 @@ def _with_input_grad(module: nn.Module, args: tuple) -> tuple:
         else arg
         for arg in args
     )
-
-
-def _name_the_stage(optimizer: Any) -> None:
-    """Let the states of ZeRO 1 in bf16 be put together again.
-
-    DeepSpeed keeps these in an optimizer of another class, whose checkpoint is that of ZeRO 1 but does not
-    say so; `zero_to_fp32` then takes it for none.
-    """
-    from deepspeed.checkpoint.constants import ZERO_STAGE
-    from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
-
-    if isinstance(optimizer, BF16_Optimizer):
-        plain_state = optimizer.state_dict
-        optimizer.state_dict = lambda: {**plain_state(), ZERO_STAGE: 1}
-
-
-def consolidated_weights(folder: Path) -> dict[str, Tensor]:
-    """The float32 weights of a ZeRO checkpoint that `DeepSpeedEngine.save` wrote, on the CPU."""
-    with _quiet_deepspeed(), weights_only_loads():
-        from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
-
-        return get_fp32_state_dict_from_zero_checkpoint(str(folder), tag=TAG)
-
-
-@contextmanager
-def weights_only_loads() -> Iterator[None]:
-    """Make DeepSpeed's `torch.load` refuse code: its checkpoints need a few of its own classes, no more."""
-    earlier = os.environ.get("TORCH_FORCE_WEIGHTS_ONLY_LOAD")
-    os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
-    try:
-        with torch.serialization.safe_globals(_checkpoint_classes()):
-            yield
-    finally:
-        if earlier is None:
-            del os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"]
-        else:
-            os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = earlier
-
-
-def _checkpoint_classes() -> list[Any]:
-    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
-    from deepspeed.runtime.zero.config import ZeroStageEnum
-    from deepspeed.utils.tensor_fragment import fragment_address
-
-    return [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]
 
 
 def init_deepspeed_communication() -> None:

@@ -4,7 +4,7 @@
         state.json    step, cursor of the data, layout; written last
         config.yaml   the run's config
         hf/           the model's Hugging Face config and tokenizer
-        engine/       weights and optimizer state, as the engine writes them
+        engine/       weights and optimizer state, in safetensors that every layout reads
         rng/          random state of each rank
 
 A checkpoint is written under another name and renamed, so that a folder called `step-*` is complete.
@@ -34,12 +34,13 @@ STATE_FILE = "state.json"
 
 @dataclass(frozen=True)
 class RunState:
-    """Where a run is. The data's cursor is the number of sequences that were taken."""
+    """Where a run is, and over what it is spread. The data's cursor is the number of sequences taken."""
 
     step: int = 0
     sequences_seen: int = 0
     tokens_seen: int = 0
     world_size: int = 1
+    ulysses_degree: int = 1
     zero_stage: int = 0
     data_digest: str = ""
 
@@ -81,6 +82,7 @@ class Checkpoints:
             (draft / "rng").mkdir(parents=True)
         self._groups.barrier()
         engine.save(draft / "engine")
+        state = self._with_layout(state, engine)
         torch.save(_rng_state(), draft / "rng" / f"rank-{self._groups.rank:05d}.pt")
         self._groups.barrier()
         if self._groups.is_main:
@@ -98,10 +100,18 @@ class Checkpoints:
     def load(self, folder: Path, engine: Engine) -> RunState:
         """Bring engine and random state back to a checkpoint; every rank calls it.
 
+        Another number of processes, Ulysses degree or ZeRO stage than the checkpoint's is no hindrance; it is
+        said.
+
         Raises:
-            ValueError: The folder is no checkpoint, or one of another layout.
+            ValueError: The folder is no checkpoint, one of another model, or one that cannot be read.
         """
         state = read_state(folder)
+        here = self._with_layout(state, engine)
+        if here != state:
+            logger.info(
+                "%s was written on %s; the run goes on with %s", folder, _layout(state), _layout(here)
+            )
         try:
             engine.load(folder / "engine")
         except torch.OutOfMemoryError:
@@ -119,6 +129,14 @@ class Checkpoints:
                 "%s has no random state for rank %d; it goes on with its own.", folder, self._groups.rank
             )
         return state
+
+    def _with_layout(self, state: RunState, engine: Engine) -> RunState:
+        return replace(
+            state,
+            world_size=self._groups.world_size,
+            ulysses_degree=self._groups.sp_size,
+            zero_stage=engine.zero_stage,
+        )
 
     def _complete(self) -> list[Path]:
         return _complete(self._folder)
@@ -138,6 +156,11 @@ def newest_checkpoint(folder: Path) -> Path:
     """
     complete = _complete(folder / CHECKPOINTS_DIR)
     return complete[-1] if complete and not (folder / STATE_FILE).is_file() else folder
+
+
+def _layout(state: RunState) -> str:
+    processes = "1 process" if state.world_size == 1 else f"{state.world_size} processes"
+    return f"{processes}, ulysses_degree {state.ulysses_degree}, zero_stage {state.zero_stage}"
 
 
 def _complete(folder: Path) -> list[Path]:

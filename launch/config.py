@@ -155,6 +155,9 @@ class ParallelConfig(Section):
     """Where the optimizer's states and its step live (needs zero_stage >= 1)."""
     offload_parameters: Literal["none", "cpu"] = "none"
     """Where the parameters wait (needs zero_stage 3)."""
+    deepspeed_config: PathText | dict[str, Any] | None = None
+    """A DeepSpeed JSON (its path, or its keys right here) put over what is written for DeepSpeed; it may not
+    contradict the other keys, and "auto" takes theirs (needs zero_stage >= 1)."""
 
 
 class OptimizerConfig(Section):

@@ -6,12 +6,12 @@ same rules are asked twice: when a config is read, and when the number of proces
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 from .config import RunConfig, SequenceConfig
 from .config_errors import ConfigError, listed, shown
+from .deepspeed_json import RunFacts, contradictions, read_json
 
 _SHAPES = (
     "hidden_size",
@@ -109,10 +109,11 @@ def _world(config: RunConfig, world_size: int) -> str:
 
 
 def _valid_degrees(config: RunConfig, world_size: int | None) -> str:
-    """Degrees that divide the processes and all heads, as far as these are known."""
-    heads = (_shape(config, "num_attention_heads"), _shape(config, "num_key_value_heads"))
-    common = math.gcd(*(count for count in (world_size, *heads) if count))
-    return listed([degree for degree in range(1, common + 1) if common % degree == 0])
+    """Degrees that divide the processes and have a query head each, as far as these are known."""
+    heads = _shape(config, "num_attention_heads")
+    most = min(count for count in (world_size, heads) if count)
+    fitting = [degree for degree in range(1, most + 1) if world_size is None or world_size % degree == 0]
+    return listed(fitting) if world_size is not None else f"{most} or less"
 
 
 def _model_is_named(config: RunConfig, world_size: int | None) -> Iterator[str]:
@@ -251,16 +252,12 @@ def _degree_divides_world(config: RunConfig, world_size: int | None) -> Iterator
         )
 
 
-def _degree_divides_heads(config: RunConfig, world_size: int | None) -> Iterator[str]:
-    degree = config.parallel.ulysses_degree
-    heads, kv_heads = _shape(config, "num_attention_heads"), _shape(config, "num_key_value_heads")
-    counts = {"query heads": heads, "key/value heads": kv_heads}
-    if any(count and count % degree for count in counts.values()):
-        both = listed([f"{count} {name}" for name, count in counts.items() if count], "and")
-        degrees = _valid_degrees(config, world_size)
+def _degree_has_heads(config: RunConfig, world_size: int | None) -> Iterator[str]:
+    degree, heads = config.parallel.ulysses_degree, _shape(config, "num_attention_heads")
+    if heads and degree > heads:
         yield (
-            f"parallel.ulysses_degree={degree} must divide the heads of model.config, {both}: each process "
-            f"attends with whole heads; use {degrees}."
+            f"parallel.ulysses_degree={degree} is above model.config.num_attention_heads={heads}: each "
+            f"process attends with one query head at least; use {_valid_degrees(config, world_size)}."
         )
 
 
@@ -295,6 +292,38 @@ def _offload_has_shards(config: RunConfig, world_size: int | None) -> Iterator[s
             f"parallel.offload_parameters='{parallel.offload_parameters}' needs parallel.zero_stage 3, got "
             f"{parallel.zero_stage}; set parallel.zero_stage=3."
         )
+
+
+def _deepspeed_config_agrees(config: RunConfig, world_size: int | None) -> Iterator[str]:
+    parallel, train = config.parallel, config.train
+    if parallel.deepspeed_config is None:
+        return
+    if parallel.zero_stage < 1:
+        yield (
+            f"parallel.deepspeed_config={shown(parallel.deepspeed_config)} needs parallel.zero_stage 1, 2 or "
+            "3, got 0: without ZeRO DeepSpeed is not used; set parallel.zero_stage, or remove the former."
+        )
+        return
+    try:
+        user = read_json(parallel.deepspeed_config)
+    except ValueError as error:
+        yield f"parallel.deepspeed_config={parallel.deepspeed_config!r} {error}"  # the whole path
+        return
+    whole, unit = train.global_batch_sequences, train.micro_batch_sequences
+    unit *= (world_size or 0) // parallel.ulysses_degree
+    yield from contradictions(
+        user,
+        RunFacts(
+            parallel.zero_stage,
+            train.precision == "bf16",
+            config.optimizer.clip_norm,
+            parallel.offload_optimizer,
+            parallel.offload_parameters,
+            whole,
+            train.micro_batch_sequences,
+            whole // unit if unit and whole % unit == 0 else None,
+        ),
+    )
 
 
 def _warmup_ends(config: RunConfig, world_size: int | None) -> Iterator[str]:
@@ -346,7 +375,7 @@ RULES: tuple[Rule, ...] = (
         _streaming_options_are_used,
     ),
     Rule(("parallel.num_gpus", "parallel.ulysses_degree"), _degree_divides_world),
-    Rule(("parallel.ulysses_degree", "model.config"), _degree_divides_heads),
+    Rule(("parallel.ulysses_degree", "model.config"), _degree_has_heads),
     Rule(
         (
             "train.global_batch_sequences",
@@ -359,6 +388,21 @@ RULES: tuple[Rule, ...] = (
     Rule(
         ("parallel.zero_stage", "parallel.offload_optimizer", "parallel.offload_parameters"),
         _offload_has_shards,
+    ),
+    Rule(
+        (
+            "parallel.deepspeed_config",
+            "parallel.zero_stage",
+            "parallel.num_gpus",
+            "parallel.ulysses_degree",
+            "parallel.offload_optimizer",
+            "parallel.offload_parameters",
+            "optimizer.clip_norm",
+            "train.precision",
+            "train.global_batch_sequences",
+            "train.micro_batch_sequences",
+        ),
+        _deepspeed_config_agrees,
     ),
     Rule(("schedule.warmup_steps", "train.steps"), _warmup_ends),
     Rule(("schedule.name", "schedule.final_ratio"), _final_ratio_is_used),

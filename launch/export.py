@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from ..distributed.state_files import SavedState
 from .checkpoint import read_state, share
 from .config import RunConfig
 from .config_file import load_config
@@ -42,13 +43,13 @@ def export_checkpoint(
     Raises:
         ValueError: No checkpoint there, something at `out` already, or weights of another model.
     """
-    state = read_state(checkpoint)
+    read_state(checkpoint)  # refuses what is no checkpoint
     _check_place(out, overwrite)
     config = load_config(str(checkpoint / "config.yaml"))
     target = DTYPES[dtype] if dtype else _trained_dtype(config)
-    weights = _weights(checkpoint / "engine", is_zero=state.zero_stage > 0)
+    saved = SavedState(checkpoint / "engine")
     with _quiet():
-        model = _model(config, checkpoint / "hf", weights).to(target)
+        model = _model(config, checkpoint / "hf", saved, target)
     model.generation_config = _generation_config(checkpoint / "hf")
     draft = out.with_name(f".{out.name}.partial")
     shutil.rmtree(draft, ignore_errors=True)
@@ -74,7 +75,7 @@ def _check_place(out: Path, overwrite: bool) -> None:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """What DeepSpeed and transformers print while they read and write goes to the debug log."""
+    """What transformers prints while it reads and writes goes to the debug log."""
     printed = io.StringIO()
     try:
         # Progress bars look for the standard error of the moment when they begin.
@@ -88,26 +89,16 @@ def _trained_dtype(config: RunConfig) -> torch.dtype:
     return torch.float32 if config.train.precision == "float32" else torch.bfloat16
 
 
-def _weights(folder: Path, *, is_zero: bool) -> dict[str, Tensor]:
-    if is_zero:
-        from ..distributed.zero import consolidated_weights
-
-        with _quiet():
-            return consolidated_weights(folder)
-    from safetensors.torch import load_file
-
-    return load_file(folder / "model.safetensors")
-
-
-def _model(config: RunConfig, hf_folder: Path, weights: dict[str, Tensor]) -> nn.Module:
+def _model(config: RunConfig, hf_folder: Path, saved: SavedState, dtype: torch.dtype) -> nn.Module:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     if config.model.lora is not None:
-        return _merged_adapters(config, weights)
+        return _merged_adapters(config, saved).to(dtype)
     architecture = AutoConfig.from_pretrained(hf_folder)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(architecture)
-    _, unexpected = model.load_state_dict(weights, strict=False, assign=True)
+    # Each is read in the dtype that it is written in: the float32 model is nowhere whole.
+    _, unexpected = model.load_state_dict(dict(saved.weights(dtype)), strict=False, assign=True)
     model.tie_weights()
     still_empty = [name for name, param in model.named_parameters() if param.is_meta]
     if still_empty or unexpected:
@@ -117,10 +108,11 @@ def _model(config: RunConfig, hf_folder: Path, weights: dict[str, Tensor]) -> nn
     return model
 
 
-def _merged_adapters(config: RunConfig, weights: dict[str, Tensor]) -> nn.Module:
+def _merged_adapters(config: RunConfig, saved: SavedState) -> nn.Module:
     from .model import add_adapters, build_base_model
 
     model = add_adapters(build_base_model(config.model, torch.device("cpu"), torch.float32), config.model)
+    weights = dict(saved.weights())
     _, unexpected = model.load_state_dict(weights, strict=False)
     trainable = {name for name, param in model.named_parameters() if param.requires_grad}
     missing = sorted(trainable - set(weights))

@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 from typing import Any
 
 import torch
 from torch import nn
 
+from ..distributed.apply_ulysses import apply_ulysses
 from ..distributed.groups import ProcessGroups
-from ..distributed.ulysses import apply_ulysses
 from ..mst.apply import apply_mini_sequence
 from ..mst.families import FAMILIES
 from ..mst.placement import Placement
 from .config import ModelConfig, RunConfig, SequenceConfig
 from .config_rules import streams_layers
 from .data.tokenizer import vocabulary_size
+from .sharded_model import load_sharded_model, random_sharded_model
 
 logger = logging.getLogger(__name__)
 
@@ -118,11 +119,27 @@ def check_model(config: ModelConfig) -> None:
         )
 
 
-def build_base_model(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> nn.Module:
-    """The causal LM itself, loaded from its checkpoint or with random weights (of torch's seed)."""
+def build_base_model(
+    config: ModelConfig, device: torch.device, dtype: torch.dtype, zero: Mapping[str, Any] | None = None
+) -> nn.Module:
+    """The causal LM itself, loaded from its checkpoint or with random weights (of torch's seed).
+
+    Args:
+        config: What is made.
+        device: Where its weights are.
+        dtype: Of them.
+        zero: DeepSpeed's configuration where the weights are to be sharded from the start (ZeRO-3).
+
+    Raises:
+        ValueError: A checkpoint that is not there or not of this model.
+    """
     from transformers import AutoModelForCausalLM
 
     architecture = hf_config(config)
+    if zero is not None and config.name is not None:
+        return load_sharded_model(config.name, architecture, device, dtype, zero)
+    if zero is not None:
+        return random_sharded_model(architecture, device, dtype, zero)
     if config.name is not None:
         model = AutoModelForCausalLM.from_pretrained(
             config.name, config=architecture, dtype=dtype, trust_remote_code=False, attn_implementation="sdpa"
@@ -158,10 +175,17 @@ def add_adapters(model: nn.Module, config: ModelConfig) -> nn.Module:
 
 
 def build_model(
-    config: RunConfig, groups: ProcessGroups, device: torch.device, dtype: torch.dtype
+    config: RunConfig,
+    groups: ProcessGroups,
+    device: torch.device,
+    dtype: torch.dtype,
+    zero: Mapping[str, Any] | None = None,
 ) -> nn.Module:
-    """The model as it is trained: adapters, attention over the ranks of a sequence, mini-sequences."""
-    model = add_adapters(build_base_model(config.model, device, dtype), config.model)
+    """The model as it is trained: adapters, attention over the ranks of a sequence, mini-sequences.
+
+    `zero` is DeepSpeed's configuration where weights are sharded from the start.
+    """
+    model = add_adapters(build_base_model(config.model, device, dtype, zero), config.model)
     apply_ulysses(model, groups)
     sequence = config.sequence
     tokens_a_gpu = sequence.length * config.train.micro_batch_sequences // groups.sp_size

@@ -6,14 +6,15 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from ..distributed.zero_init import whole_shape
 from .config import OptimizerConfig
 
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig) -> Optimizer:
     """AdamW; weight decay on matrices alone, as norms and biases have no scale to be kept small."""
     trainable = [param for param in model.parameters() if param.requires_grad]
-    matrices = [param for param in trainable if param.dim() >= 2]
-    vectors = [param for param in trainable if param.dim() < 2]
+    matrices = [param for param in trainable if len(whole_shape(param)) >= 2]
+    vectors = [param for param in trainable if len(whole_shape(param)) < 2]
     groups = [
         {"params": params, "weight_decay": decay}
         for params, decay in ((matrices, config.weight_decay), (vectors, 0.0))

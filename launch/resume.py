@@ -78,12 +78,6 @@ def check_same_walk(config: RunConfig, folder: Path) -> None:
             + "\n  ".join(wrong)
             + "\nSet them back, or train into another log.run_dir."
         )
-    state = read_state(folder)
-    if state.zero_stage != config.parallel.zero_stage:
-        raise ValueError(
-            f"parallel.zero_stage={config.parallel.zero_stage} but {folder} was written with "
-            f"{state.zero_stage}; keep the stage, or `longseq export` the checkpoint and train from that."
-        )
 
 
 def check_same_data(state: RunState, data_digest: str, folder: Path) -> None:

@@ -12,13 +12,17 @@ import torch
 
 from ..distributed.engine import Engine, LocalEngine
 from ..distributed.groups import ProcessGroups
+from ..distributed.probe import calibrate
+from ..distributed.zero_config import ZeroOptions, refuse_what_deepspeed_does
 from .config import RunConfig
 from .config_file import ParallelPlan
 from .data.dataset import SequenceDataset
 from .data.prepare import prepare
 from .data.token_store import TokenStore
 from .data.tokenizer import load_tokenizer, padding_id
+from .deepspeed_json import read_json, unknown_keys
 from .model import build_model, check_model, check_vocabulary, name_special_tokens
+from .nodes import require_same
 from .optimizer import build_optimizer
 
 logger = logging.getLogger(__name__)
@@ -51,11 +55,15 @@ def set_up(config: RunConfig, plan: ParallelPlan, groups: ProcessGroups, device:
     Raises:
         ValueError: Data, tokenizer and model do not fit together.
     """
-    check_model(config.model)  # before hours of data
+    # Before hours of data:
+    check_model(config.model)
+    _check_deepspeed_config(config, plan, groups)
     tokenizer = load_tokenizer(config.data.tokenizer or config.model.name or "bytes")
     # The others find it done; where nodes do not share the cache, each builds its own.
     groups.main_first(lambda: prepare(config.data, tokenizer, progress=True), "data")
     prepared = prepare(config.data, tokenizer)
+    digest = _digest(prepared.train, prepared.heldout)
+    require_same({"the digest of data.source": digest}, groups, "every node must read the same documents")
     train_set = _sequences(config, prepared.train, tokenizer)
     eval_set = None if prepared.heldout is None else _sequences(config, prepared.heldout, tokenizer)
     total_steps = config.train.steps
@@ -79,8 +87,9 @@ def set_up(config: RunConfig, plan: ParallelPlan, groups: ProcessGroups, device:
     )
     torch.manual_seed(config.train.seed)
     engine = build_engine(config, plan, groups, device, tokenizer)
+    if groups.world_size > 1:
+        calibrate(engine, groups, engine.module.config.vocab_size, device)
     torch.manual_seed(config.train.seed + 1 + groups.rank)  # dropout must not repeat from shard to shard
-    digest = _digest(prepared.train, prepared.heldout)
     return RunParts(tokenizer, train_set, eval_set, engine, total_steps, digest)
 
 
@@ -110,12 +119,15 @@ def build_engine(
     # ZeRO keeps float32 masters of its own, and frozen weights need none (peft makes adapters float32);
     # otherwise the weights are the masters.
     dtype = torch.bfloat16 if bf16 and (use_zero or config.model.lora is not None) else torch.float32
-    model = build_model(config, groups, device, dtype)
+    options = _zero_options(config, plan) if use_zero else None
+    # Under ZeRO-3 no rank could hold the whole of a model that needs it.
+    sharded = options.deepspeed_config(groups.world_size) if options and options.stage == 3 else None
+    model = build_model(config, groups, device, dtype, sharded)
     check_vocabulary(model, tokenizer)
     if config.model.name is None:
         name_special_tokens(model, tokenizer)
     optimizer = build_optimizer(model, config.optimizer)
-    if not use_zero:
+    if options is None:
         return LocalEngine(
             model,
             optimizer,
@@ -124,14 +136,27 @@ def build_engine(
             clip_norm=config.optimizer.clip_norm,
             bf16=bf16,
         )
-    from ..distributed.zero import DeepSpeedEngine, ZeroOptions
+    from ..distributed.zero import DeepSpeedEngine
 
-    options = ZeroOptions(
+    return DeepSpeedEngine(model, optimizer, groups, options)
+
+
+def _check_deepspeed_config(config: RunConfig, plan: ParallelPlan, groups: ProcessGroups) -> None:
+    if config.parallel.deepspeed_config is None:
+        return
+    options = _zero_options(config, plan)
+    for line in unknown_keys(options.user or {}):
+        logger.warning("%s", line)
+    refuse_what_deepspeed_does(options.deepspeed_config(groups.world_size))
+
+
+def _zero_options(config: RunConfig, plan: ParallelPlan) -> ZeroOptions:
+    return ZeroOptions(
         config.parallel.zero_stage,
         plan.accumulation_steps,
         config.optimizer.clip_norm,
-        bf16,
+        config.train.precision == "bf16",
         config.parallel.offload_optimizer == "cpu",
         config.parallel.offload_parameters == "cpu",
+        None if config.parallel.deepspeed_config is None else read_json(config.parallel.deepspeed_config),
     )
-    return DeepSpeedEngine(model, optimizer, groups, options)

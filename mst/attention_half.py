@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..distributed.attention import log_sums_of_groups
+from ..distributed.exchange import as_wide
 from .linear_map import TokenMap
 from .projections import Positions, ProjectedHeads, Projections, columns
 from .token_norm import TokenNorm
@@ -31,7 +32,7 @@ class AttentionHalf:
         options: Any,
         dtype: torch.dtype,
     ) -> None:
-        """`attention` has a `forward` that gives output and log-sum-exp, and a `backward` that takes them."""
+        """`attention` has `forward_groups` and `backward_groups`, as `UlyssesAttention` has."""
         self._norm, self._projections, self._output, self._post_norm = norm, projections, output, post_norm
         self._attention, self._options, self._dtype = attention, options, dtype
         # With the sequence over several ranks, a rank's log-sum-exp is that of its own heads of each group.
@@ -78,17 +79,17 @@ class AttentionHalf:
             num_groups = 1  # forward needs no room that grows with the heads: only backward is done in groups
         whole: Tensor | None = None
         log_sums = []
-        for index in range(num_groups):
-            out, log_sum = self._attention.forward(
-                *projected.group(index, num_groups), self._options, positions.documents
-            )
+        groups = (projected.group(index, num_groups) for index in range(num_groups))
+        attended = self._attention.forward_groups(groups, self._options, positions.documents)
+        for index, (out, log_sum) in enumerate(attended):
             log_sums.append(log_sum)
             out = out.transpose(1, 2).flatten(2).flatten(0, 1)
             if num_groups == 1:
                 return out, log_sums
             if whole is None:
                 whole = out.new_empty(num_tokens, num_groups * out.shape[1])
-            whole[:, columns(index, out.shape[1])] = out
+            place, out = as_wide((whole[:, columns(index, out.shape[1])], out))
+            place.copy_(out)
             del out
         assert whole is not None
         return whole, log_sums
@@ -140,21 +141,24 @@ class AttentionHalf:
         heads = self._projections.heads.group(num_groups)
         if len(log_sums) < num_groups:
             log_sums = log_sums_of_groups(log_sums[0], num_groups)
-        for index in range(num_groups):
+
+        def of_group(index: int) -> tuple[Tensor, ...]:
             group = columns(index, heads.widths[0])
             if attended_grad is None:
                 group_grad = self._output.input_grad(grad.to(self._dtype), columns=group)
             else:
                 group_grad = attended_grad[:, group]
-            grads = self._attention.backward(
+            return (
                 positions.heads_first(group_grad, heads.num_heads),
                 *projected.group(index, num_groups),
                 positions.heads_first(attended[:, group], heads.num_heads),
                 log_sums[index],
-                self._options,
-                positions.documents,
             )
-            del group_grad
+
+        found = self._attention.backward_groups(
+            map(of_group, range(num_groups)), self._options, positions.documents
+        )
+        for index, grads in enumerate(found):
             projected.put_grads(index, grads, sums)
             del grads
 

@@ -11,6 +11,7 @@ from torch import nn
 from ..distributed.attention import AttentionOptions
 from ..distributed.groups import ProcessGroups
 from ..distributed.ulysses import UlyssesAttention
+from ..distributed.zero_init import whole_shape
 from .attention_half import AttentionHalf
 from .linear_map import LinearMap, ModuleMap, token_map
 from .mlp_half import GatedMLP, MLPHalf, ModuleMLP
@@ -73,18 +74,26 @@ class LayerParts:
         """Groups of key/value heads that attention runs in.
 
         Raises:
-            ValueError: A number that does not divide the key/value heads of a rank.
+            ValueError: A number that does not divide the key/value heads, or whose groups have fewer query
+                heads than there are ranks to share them.
         """
         heads = self.heads
         size = getattr(getattr(self.attention, "longseq_attention", None), "sp_size", 1)
-        fitting = [n for n in range(1, heads.num_kv_heads + 1) if heads.num_kv_heads % (n * size) == 0]
+        fitting = [
+            n
+            for n in range(1, heads.num_kv_heads + 1)
+            if heads.num_kv_heads % n == 0 and heads.num_heads // n >= size
+        ]
         if asked == "auto":
             is_busy = heads.num_heads // AUTO_GROUPS * num_tokens >= GROUP_ROWS
-            return AUTO_GROUPS if is_busy and AUTO_GROUPS in fitting else 1
+            # Groups that ranks share less evenly than all heads would cost time.
+            is_even = AUTO_GROUPS in fitting and heads.num_kv_heads % (AUTO_GROUPS * size) == 0
+            return AUTO_GROUPS if is_busy and is_even else 1
         if asked not in fitting:
+            shared = f", or has fewer query heads than its {size} ranks" if size > 1 else ""
             raise ValueError(
-                f"head_groups={asked} does not divide {heads.num_kv_heads} key/value heads"
-                f"{f' over {size} ranks' if size > 1 else ''}; use {', '.join(map(str, fitting))} or 'auto'."
+                f"head_groups={asked} does not divide {heads.num_kv_heads} key/value heads{shared}; use "
+                f"{', '.join(map(str, fitting))} or 'auto'."
             )
         return int(asked)
 
@@ -117,7 +126,7 @@ class LayerParts:
         norms = HeadNorms(
             token_norm(self.query_norm, dtype, autocast),
             token_norm(self.key_norm, dtype, autocast),
-            whole=self.query_norm is not None and self.query_norm.weight.shape[0] != self.heads.width,
+            whole=self.query_norm is not None and whole_shape(self.query_norm.weight)[0] != self.heads.width,
         )
         return Projections(placed, self.heads, norms)
 

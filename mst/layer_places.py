@@ -61,19 +61,21 @@ class PlaceChooser:
         input_bytes = -most
         # An eighth of a width for the log-sum-exp: 4 bytes a head of 16 to 256 elements.
         saved_width = attended_width + attended_width // 8
-        if attention != "auto" and attention.everything:
-            saved_width += (
-                3 * attended_width + hidden.shape[1]
-            )  # keys and values are as wide as queries at most
-        saved_bytes = input_bytes * saved_width // hidden.shape[1]
+        # Keys and values are as wide as queries at most.
+        everything_width = saved_width + 3 * attended_width + hidden.shape[1]
+        saved_bytes, everything_bytes = (
+            input_bytes * width // hidden.shape[1] for width in (saved_width, everything_width)
+        )
         if attention != "auto":
-            gpu -= attention.gpu_layers * saved_bytes
+            gpu -= attention.gpu_layers * (everything_bytes if attention.everything else saved_bytes)
             host -= (layers - attention.gpu_layers) * saved_bytes if attention.host else 0
         if inputs == "auto":
             inputs = choose_placement(layers, input_bytes, max(gpu, 0), max(host, 0))
         if attention == "auto":
             gpu -= inputs.count("gpu", layers) * input_bytes
             host -= inputs.count("host", layers) * input_bytes
+            if layers * everything_bytes <= gpu:
+                return Places(inputs, SavedAttention(layers, everything=True))
             on_gpu = min(layers, max(gpu, 0) // saved_bytes)
             attention = SavedAttention(on_gpu, host=(layers - on_gpu) * saved_bytes <= host)
         return Places(inputs, attention)

@@ -2,7 +2,8 @@
 
 Each layer is run as it is and as it is streamed, on what the decoder really hands it, and what it adds is
 compared: in hidden states a wrong layer drowns in the residual. Both are run in float64, one layer's weights
-at a time. The head is compared by its logits and its loss, in the model's dtype.
+at a time. The head is compared by its logits and its loss, in the model's dtype. Weights that ZeRO-3 has
+spread over the ranks are gathered for as long as they are looked at.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..distributed.zero_init import gathered, gathered_when_called, whole_shape
 from .decoder_layer import StreamedLayer, StreamOptions
 from .families import CausalLMParts
 from .inputs import no_mask
@@ -46,10 +48,14 @@ def check_numbers(parts: CausalLMParts, *, streamed: bool, loss: str) -> None:
     causal_lm = parts.causal_lm
     if parts.known:
         return
-    if any(param.is_meta or hasattr(param, "ds_id") for param in causal_lm.parameters()):
+    if any(param.is_meta for param in causal_lm.parameters()):
         logger.warning("the layers' numbers are not checked: the weights are not on this device.")
         return
-    with _evaluating(causal_lm):
+    if any("ds_id" in module.__dict__ for module in causal_lm.modules()):
+        # What DeepSpeed's engine gathers by is the order of training's own calls.
+        logger.warning("the layers' numbers are not checked: the model is under an engine of ZeRO-3 already.")
+        return
+    with _evaluating(causal_lm), gathered_when_called(causal_lm):
         ids, hidden, calls = _run_decoder(parts)
         for what, error in _layer_errors(parts, calls) if streamed else ():
             if not error <= LAYER_TOLERANCE:
@@ -91,7 +97,8 @@ def _evaluating(causal_lm: nn.Module) -> Iterator[None]:
 def _run_decoder(parts: CausalLMParts) -> tuple[Tensor, Tensor, dict[nn.Module, tuple[Tensor, dict]]]:
     """Token ids, hidden states, and each layer's and the last norm's first argument and others."""
     embedding, calls = parts.causal_lm.get_input_embeddings().weight, {}
-    ids = torch.arange(PROBE_TOKENS, device=embedding.device).mul_(7919).remainder_(embedding.shape[0])[None]
+    ids = torch.arange(PROBE_TOKENS, device=embedding.device).mul_(7919)
+    ids = ids.remainder_(whole_shape(embedding)[0])[None]
 
     def note(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         names = list(inspect.signature(module.forward).parameters)
@@ -121,14 +128,14 @@ def _layer_errors(
         hidden, others = calls[layer]
         told = {"attention_mask": no_mask(hidden.device), "past_key_values": None}
         streamed = StreamedLayer(layer, layer_parts, index, StreamOptions(), chain)
-        with _in_float64(layer):
+        with gathered(layer.parameters()), _in_float64(layer):
             theirs = layer(hidden, **others)
             ours = streamed.forward(hidden, **{name: told.get(name, others[name]) for name in others})
         yield f"what layer {index} adds", _error(ours - hidden, theirs - hidden)
     norm = parts.final_norm
     if norm is not None:
         hidden, _ = calls[norm]
-        with _in_float64(norm):
+        with gathered(norm.parameters()), _in_float64(norm):
             error = _error(token_norm(norm, hidden.dtype, None).forward(hidden), norm(hidden))
         yield "what the last norm gives", error
 
@@ -153,7 +160,9 @@ def _head_errors(parts: CausalLMParts, ids: Tensor, hidden: Tensor, loss: str) -
     logits = head(hidden) * scale
     yield "logits", _error(logits if cap is None else cap * torch.tanh(logits / cap), theirs.logits)
     options = {"shift": True, "num_items": None, "loss": loss, "softcap": cap, "logit_scale": scale}
-    yield "the loss", _error(lm_head_loss(head, head.forward, hidden, ids, **options), theirs.loss)
+    with gathered(head.parameters()):
+        ours = lm_head_loss(head, head.forward, hidden, ids, **options)
+    yield "the loss", _error(ours, theirs.loss)
 
 
 def _error(ours: Tensor, theirs: Tensor) -> float:

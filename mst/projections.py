@@ -156,7 +156,7 @@ class ProjectedHeads:
         self._num_groups, self._tiles, self._dtype = num_groups, tiles, dtype
         self._device = device
         self._part = projections.heads.group(num_groups)
-        self._raw: dict[str, Tensor] = {}
+        self._raw: dict[tuple[str, int], Tensor] = {}
         self._grad_q: Tensor | None = None
         self._grad_kv: Tensor | None = None
         self._all: Tensor | None = saved
@@ -214,10 +214,9 @@ class ProjectedHeads:
         part, norms = self._part, self._projections.norms
         query, key, value = (grad.transpose(1, 2).flatten(2).flatten(0, 1) for grad in grads)
         queries, keys, values = self._grad_places()
-        self._put(
-            "query", query, queries[:, columns(index, part.widths[0])], part.num_heads, norms.query, sums
-        )
-        self._put("key", key, keys[:, columns(index, part.widths[1])], part.num_kv_heads, norms.key, sums)
+        places = queries[:, columns(index, part.widths[0])], keys[:, columns(index, part.widths[1])]
+        self._put(("query", index), query, places[0], part.num_heads, norms.query, sums)
+        self._put(("key", index), key, places[1], part.num_kv_heads, norms.key, sums)
         values[:, columns(index, part.widths[2])] = value
 
     def backward(self, tile: slice, sums: WeightSums) -> Tensor:
@@ -263,7 +262,7 @@ class ProjectedHeads:
             query, key = self._prepared
             return query[:, columns(index, part.widths[0])], key[:, columns(index, part.widths[1])]
         if norms.query is not None:
-            self._raw = {"query": query, "key": key}
+            self._raw |= {("query", index): query, ("key", index): key}
             query = _normed_heads(norms.query, query, part.num_heads)
             key = _normed_heads(norms.key, key, part.num_kv_heads)
         elif self._all is not None:
@@ -274,7 +273,7 @@ class ProjectedHeads:
 
     def _put(
         self,
-        name: str,
+        name: tuple[str, int],
         grad: Tensor,
         place: Tensor,
         num_heads: int,

@@ -144,7 +144,7 @@ def weights(run_dir: Path) -> dict[str, Tensor]:
     newest = newest_checkpoint(run_dir)
     if read_state(newest).zero_stage == 0:
         return load_file(newest / "engine" / "model.safetensors")
-    from longseq.distributed.zero import consolidated_weights
+    from longseq.distributed.state_files import consolidated_weights
 
     found = {name: tensor.detach() for name, tensor in consolidated_weights(newest / "engine").items()}
     head, embedding = found.get("lm_head.weight"), found.get("model.embed_tokens.weight")

@@ -49,7 +49,8 @@ def tiny_llama(dtype: torch.dtype = torch.float32, seed: int = 0, **fields: Any)
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             if type(child).__name__ == "LlamaRMSNorm":
-                setattr(parent, name, nn.RMSNorm(child.weight.shape[0], child.variance_epsilon))
+                width = getattr(child.weight, "ds_shape", child.weight.shape)[0]  # born sharded it is (0,)
+                setattr(parent, name, nn.RMSNorm(width, child.variance_epsilon))
     return model.to(dtype).train()
 
 

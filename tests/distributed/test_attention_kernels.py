@@ -8,33 +8,34 @@ from typing import Any
 
 import pytest
 import torch
+from attention_problems import (
+    LENGTH,
+    NAMES,
+    PLAIN,
+    PROBLEMS,
+    SCALE,
+    assert_equal,
+    inputs,
+    masked,
+    ours,
+    per_head_of,
+    plain,
+    problem,
+    upstream_of,
+)
 from numerics import assert_as_accurate_as, relative_error
-from torch import Tensor
 from torch.nn import functional as F
 
-from longseq.distributed import attention, attention_kernels, blockwise_attention, flash_attention_4
+from longseq.distributed import (
+    attention,
+    attention_kernels,
+    blockwise_attention,
+    flash_attention_2,
+    flash_attention_3,
+    flash_attention_4,
+)
 from longseq.distributed.attention import attention_backward, attention_forward, choose_kernel
 from longseq.distributed.attention_kernels import AttentionOptions, Documents
-
-LENGTH, SCALE = 37, 0.3
-NAMES = ("out", "d_query", "d_key", "d_value")
-PROBLEMS: dict[str, dict[str, Any]] = {
-    "causal": {},
-    "rows of a batch": {"rows": 3},
-    "one key head": {"heads": (4, 1)},
-    "no groups": {"heads": (3, 3), "rows": 2},
-    "one token": {"length": 1},
-    "no token": {"length": 0, "rows": 2},
-    "documents": {"documents": (0, 13, 14, 37)},
-    "empty documents": {"documents": (0, 0, 20, 20, 37, 37)},
-    "window": {"window": 5, "rows": 2},
-    "window of one": {"window": 1},
-    "window as long as the sequence": {"window": 37},
-    "window over documents": {"window": 8, "documents": (0, 13, 14, 37)},
-    "softcap": {"softcap": 0.7},
-    "all": {"softcap": 0.7, "window": 6, "documents": (0, 20, 37), "heads": (6, 2)},
-}
-PLAIN = [name for name, problem in PROBLEMS.items() if not {"window", "softcap"} & set(problem)]
 
 
 @pytest.fixture(autouse=True)
@@ -46,77 +47,6 @@ def _new_memory_is_nan() -> Iterator[None]:
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
-
-
-def masked(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    *,
-    scale: float = SCALE,
-    window: int | None = None,
-    softcap: float | None = None,
-    documents: tuple[int, ...] | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Attention by a mask and a softmax, and the log-sum-exp of its scores, `(B, N, L)`."""
-    groups, length = query.shape[1] // key.shape[1], query.shape[2]
-    key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
-    token = torch.arange(length, device=query.device)
-    starts = torch.tensor((documents or (0, length))[1:-1], dtype=torch.long, device=query.device)
-    document = torch.bucketize(token, starts, right=True)
-    back = token[:, None] - token
-    seen = (back >= 0) & (document[:, None] == document) & (back < (window or length))
-    scores = query @ key.transpose(-1, -2) * scale
-    if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
-    scores = scores.masked_fill(~seen, -torch.inf)
-    return scores.softmax(-1) @ value, scores.logsumexp(-1)
-
-
-def inputs(
-    heads: tuple[int, int] = (4, 2), length: int = LENGTH, rows: int = 1, width: int = 16, **where: Any
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries, keys and values: columns of one buffer, as a projection makes them."""
-    num_heads, num_kv_heads = heads
-    draw = torch.Generator().manual_seed(length)
-    columns = [count * width for count in (num_heads, num_kv_heads, num_kv_heads)]
-    buffer = 2 * torch.randn(rows, length, sum(columns), generator=draw, dtype=torch.float64)
-    parts = buffer.to(**{"dtype": torch.float64, **where}).split(columns, dim=-1)
-    return tuple(part.unflatten(-1, (-1, width)).transpose(1, 2) for part in parts)
-
-
-def upstream_of(query: Tensor) -> Tensor:
-    draw = torch.Generator().manual_seed(1)
-    return torch.randn(query.shape, generator=draw, dtype=torch.float64).to(query)
-
-
-def problem(name: str, kernel: str, **where: Any) -> tuple[tuple[Tensor, ...], AttentionOptions, dict]:
-    """Inputs, options and documents of one of `PROBLEMS`."""
-    fields = dict(PROBLEMS[name])
-    rules = {key: fields.pop(key) for key in ("window", "softcap", "documents") if key in fields}
-    options = AttentionOptions(SCALE, rules.get("window"), rules.get("softcap"), kernel)
-    return inputs(**fields, **where), options, rules
-
-
-def ours(tensors: tuple[Tensor, ...], options: AttentionOptions, documents: Any = None) -> dict[str, Tensor]:
-    """Output and gradients; what is kept between the two is copied, as to the host and back."""
-    offsets = torch.tensor(documents, dtype=torch.int32) if isinstance(documents, tuple) else documents
-    out, lse = attention_forward(*tensors, options, offsets)
-    kept, lse = out.contiguous(), lse.cpu().to(lse.device)
-    grads = attention_backward(upstream_of(tensors[0]), *tensors, kept, lse, options, offsets)
-    return dict(zip(NAMES, (out, *grads), strict=True))
-
-
-def plain(tensors: tuple[Tensor, ...], **rules: Any) -> dict[str, Tensor]:
-    leaves = [tensor.detach().clone().requires_grad_() for tensor in tensors]
-    out, _ = masked(*leaves, **rules)
-    grads = torch.autograd.grad(out, leaves, upstream_of(out))
-    return dict(zip(NAMES, (out.detach(), *grads), strict=True))
-
-
-def assert_equal(got: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
-    for name, value in got.items():
-        torch.testing.assert_close(value, wanted[name], rtol=1e-11, atol=1e-12, msg=name)
 
 
 @pytest.mark.parametrize("block", ["small", "real"])
@@ -214,6 +144,30 @@ def test_a_block_is_bounded_and_meets_only_what_it_sees() -> None:
         assert seen == 2**17
 
 
+@pytest.mark.parametrize(
+    ("kernel", "rules", "kinds"),
+    [
+        ("cpu", {}, ("sinks",)),
+        ("cpu", {"documents": (0, 10, 4000, 4096)}, ("sinks",)),
+        ("blockwise", {}, ("sinks", "alibi_slopes")),
+        ("blockwise", {"window": 900, "softcap": 2.0, "documents": (0, 10, 4000, 4096)}, ("alibi_slopes",)),
+    ],
+)
+def test_nothing_of_the_length_squared_is_allocated(
+    monkeypatch: pytest.MonkeyPatch, kernel: str, rules: dict, kinds: tuple[str, ...]
+) -> None:
+    monkeypatch.setattr(blockwise_attention, "BLOCK_ELEMENTS", 2**18)
+    tensors = inputs(heads=(2, 1), length=4096, width=8, dtype=torch.float32)
+    options = AttentionOptions(SCALE, rules.get("window"), rules.get("softcap"), kernel)
+    seen = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True)
+    with seen:
+        ours(tensors, options, rules.get("documents"), per_head_of(2, *kinds, dtype=torch.float32))
+    events = seen.profiler.kineto_results.events()
+    sizes = [event.nbytes() for event in events if event.name() == "[memory]"]
+    # Blocks of a fixed size, the kernel's own among them; a byte for each pair of tokens would be 2**24.
+    assert 2**18 <= max(sizes) <= 2**21
+
+
 HOPPER, AMPERE = (9, 0), (8, 0)
 BF16 = {"dtype": torch.bfloat16}
 CHOICES = [
@@ -227,6 +181,7 @@ CHOICES = [
     ({**BF16, "width": 20}, {}, None, HOPPER, "blockwise"),
     ({**BF16, "length": 1}, {}, None, HOPPER, "flash"),
     (BF16, {}, None, AMPERE, "flash"),
+    (BF16, {}, None, (7, 5), "blockwise"),
     (BF16, {"kernel": "cudnn"}, None, AMPERE, "cudnn"),
     ({"dtype": torch.float32}, {}, None, HOPPER, "blockwise"),
 ]
@@ -264,6 +219,8 @@ def test_the_kernel_follows_from_the_problem(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
     monkeypatch.setattr(flash_attention_4, "INSTALLED", installed)
+    monkeypatch.setattr(flash_attention_3, "INSTALLED", False)
+    monkeypatch.setattr(flash_attention_2, "VERSION", None)
     offsets = None if documents is None else torch.tensor(documents)
     name, reason = choose_kernel(*on_a_gpu(**sizes), AttentionOptions(1.0, **options), offsets)
     assert name == wanted
@@ -302,7 +259,7 @@ def test_a_kernel_that_cannot_says_why(options: dict, message: str) -> None:
     [
         ({"window": 0}, "window=0 must be at least 1"),
         ({"softcap": 0.0}, r"softcap=0\.0 must be positive"),
-        ({"kernel": "fa3"}, "kernel='fa3' does not exist; use one of auto, fa4"),
+        ({"kernel": "fa5"}, "kernel='fa5' does not exist; use one of auto, fa4, fa3, cudnn"),
     ],
 )
 def test_options_that_make_no_sense_are_refused(fields: dict, message: str) -> None:
@@ -406,7 +363,9 @@ def test_a_gpu_is_not_waited_for(packed: bool) -> None:
     options = AttentionOptions(0.02)
     upstream = upstream_of(tensors[0])
     name, _ = attention.choose_kernel(*tensors[:2], options, documents)
-    assert name == ("fa4" if flash_attention_4.INSTALLED else "flash" if packed else "cudnn")
+    newer = {"fa4": flash_attention_4.INSTALLED, "fa3": flash_attention_3.INSTALLED}
+    fallback = "flash" if packed else "cudnn"
+    assert name == next((kernel for kernel, installed in newer.items() if installed), fallback)
     for mode in ("default", "error"):  # the first round compiles, plans, and sends the documents
         torch.cuda.set_sync_debug_mode(mode)
         try:

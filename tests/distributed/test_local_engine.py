@@ -137,22 +137,3 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
     other = LocalEngine(deeper, torch.optim.AdamW(deeper.parameters()), ALONE)
     with pytest.raises(ValueError, match=r"of another model: missing \['model\.layers\.2"):
         other.load(tmp_path)
-
-
-def test_code_in_a_checkpoint_is_not_run(tmp_path: Path) -> None:
-    engine = trained_engine(tie=False, frozen=False, seed=0)
-    engine.save(tmp_path)
-    torch.save({"state": {}, "param_groups": _Payload(tmp_path / "run")}, tmp_path / "optimizer.pt")
-    with pytest.raises(Exception, match="Weights only load failed"):
-        engine.load(tmp_path)
-    assert not (tmp_path / "run").exists()
-
-
-class _Payload:
-    """Makes a file when it is unpickled."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-
-    def __reduce__(self):
-        return Path.touch, (self._path,)

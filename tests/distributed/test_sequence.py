@@ -100,17 +100,15 @@ def test_the_shards_together_are_the_whole(sp_size: int, documents: tuple[int, .
         torch.arange(17)[None] if documents is None else document_positions(batch["document_offsets"]),
     )
     for shard in shards:
-        if documents is None:
-            assert "document_offsets" not in shard
-        else:
-            bounds = [*documents, 17 + padding] if padding else list(documents)
-            assert shard["document_offsets"].tolist() == bounds
+        bounds = [*documents, 17 + padding] if documents and padding else documents
+        assert shard["document_offsets"].tolist() == list(bounds or (0, 17 + padding))
 
 
 @pytest.mark.parametrize("sp_size", [2, 3])
 def test_several_plain_rows_are_cut_alike(sp_size: int) -> None:
     shards = shards_of(row(7, rows=3), sp_size)
     labels = torch.cat([shard["shift_labels"] for shard in shards], dim=1)
+    assert "document_offsets" not in shards[0], "documents are of one row"
     assert torch.equal(labels[:, :7], shift_labels(row(7, rows=3)["labels"]))
 
 
@@ -118,6 +116,15 @@ def test_fewer_tokens_than_ranks() -> None:
     shards = shards_of(row(2), 4)
     assert [shard["input_ids"].tolist() for shard in shards] == [[[1]], [[2]], [[0]], [[0]]]
     assert [shard["shift_labels"].tolist() for shard in shards] == [[[1002]], [[-100]], [[-100]], [[-100]]]
+
+
+@pytest.mark.parametrize(("length", "multiple", "shard"), [(17, 8, 16), (17, 4, 12), (16, 8, 8), (1, 5, 5)])
+def test_a_shard_is_a_multiple_of_what_is_asked(length: int, multiple: int, shard: int) -> None:
+    shards = [shard_batch(row(length), ProcessGroups(rank, 2, 2), multiple=multiple) for rank in range(2)]
+    assert [one["input_ids"].shape for one in shards] == [(1, shard)] * 2
+    labels = torch.cat([one["shift_labels"] for one in shards], dim=1)
+    assert torch.equal(labels[:, :length], shift_labels(row(length)["labels"]))
+    assert (labels[:, length:] == -100).all()
 
 
 def test_the_batch_is_cut_by_the_rank_in_its_sequence() -> None:

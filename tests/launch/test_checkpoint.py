@@ -18,6 +18,7 @@ from tiny_run import (
     Killed,
     Workshop,
     assert_equal_runs,
+    assert_same_run,
     at_step,
     checkpoint_names,
     environment,
@@ -25,6 +26,7 @@ from tiny_run import (
     losses,
     records,
     train_here,
+    train_on_two,
 )
 
 from longseq.distributed.engine import LocalEngine
@@ -134,7 +136,7 @@ def test_a_kill_during_a_save_leaves_the_checkpoint_before(
     def torn(self: LocalEngine, folder: Path) -> None:
         save(self, folder)
         if "00000004" in str(folder):
-            (folder / "optimizer.pt").write_bytes(b"half")
+            (folder / "optimizer.safetensors").write_bytes(b"half")
             raise Killed
 
     monkeypatch.setattr(LocalEngine, "save", torn)
@@ -216,7 +218,6 @@ def test_another_walk_is_refused_with_both_values(shop: Workshop, whole: Path) -
         "train.global_batch_sequences": "4",
         "train.precision": "bf16",
         "model.config.hidden_size": "64",
-        "parallel.zero_stage": "1",
     }
     for key, value in others.items():
         shown_key = "model.config" if key.startswith("model.config") else key
@@ -260,17 +261,20 @@ def test_newest_of_a_run_or_the_checkpoint_itself(shop: Workshop, whole: Path) -
 
 def test_nothing_in_a_checkpoint_can_carry_code(whole: Path) -> None:
     newest = newest_checkpoint(whole)
-    for file in [newest / "engine" / "optimizer.pt", *(newest / "rng").iterdir()]:
+    assert {file.suffix for file in (newest / "engine").iterdir()} == {".safetensors"}
+    for file in (newest / "rng").iterdir():
         torch.load(file, weights_only=True)
 
 
-def test_a_changed_weight_decay_is_heard(shop: Workshop) -> None:
+def test_a_changed_weight_decay_is_heard(shop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+    engines: list[LocalEngine] = []
+    load = LocalEngine.load
+    monkeypatch.setattr(LocalEngine, "load", lambda self, folder: (engines.append(self), load(self, folder)))
     shop.run("decay", "train.steps=2")
-    decayed = ("optimizer.weight_decay=0.5", "optimizer.betas=[0.5, 0.6]")
-    run = shop.run("decay", "train.steps=4", *decayed)
-    state = torch.load(newest_checkpoint(run) / "engine" / "optimizer.pt", weights_only=True)
-    assert state["param_groups"][0]["weight_decay"] == 0.5
-    assert tuple(state["param_groups"][0]["betas"]) == (0.5, 0.6)
+    shop.run("decay", "train.steps=4", "optimizer.weight_decay=0.5", "optimizer.betas=[0.5, 0.6]")
+    [engine] = engines
+    group = engine._optimizer.param_groups[0]
+    assert (group["weight_decay"], tuple(group["betas"])) == (0.5, (0.5, 0.6))
 
 
 def test_other_documents_under_the_same_name_are_refused(shop: Workshop, tmp_path: Path) -> None:
@@ -295,3 +299,33 @@ def test_a_damaged_checkpoint_is_named(shop: Workshop) -> None:
     (newest_checkpoint(run) / "engine" / "model.safetensors").write_bytes(b"")
     with pytest.raises(ValueError, match=r"step-00000002 cannot be read .* move it away"):
         shop.run("damaged", "train.steps=4")
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_in_another_layout(shop: Workshop, caplog: pytest.LogCaptureFixture) -> None:
+    """From one process to ZeRO 2 on two, and from ZeRO 3 with Ulysses on two to one.
+
+    Slow: two processes start.
+    """
+    truth = shop.run("stayed")
+    shop.run("to_two", "train.steps=2")
+    two = "parallel.num_gpus=2"
+    printed = train_on_two(
+        [
+            shop.yaml("to_two", two, "parallel.zero_stage=2"),
+            shop.yaml("from_two", "parallel.ulysses_degree=2", "parallel.zero_stage=3", "train.steps=2"),
+        ]
+    )
+    assert "goes on with 2 processes, ulysses_degree 1, zero_stage 2" in " ".join(printed.split())
+    with caplog.at_level(logging.INFO, logger="longseq"):
+        shop.run("from_two")
+    said = [record.getMessage() for record in caplog.records if "goes on with" in record.getMessage()]
+    assert len(said) == 1
+    assert (
+        "written on 2 processes, ulysses_degree 2, zero_stage 3; the run goes on with 1 process," in said[0]
+    )
+    for name, layout in (("to_two", (2, 1, 2)), ("from_two", (1, 1, 0))):
+        run = shop.folder / name
+        assert_same_run(run, truth, relative=5e-7, absolute=1e-6)
+        state = read_state(newest_checkpoint(run))
+        assert (state.world_size, state.ulysses_degree, state.zero_stage) == layout

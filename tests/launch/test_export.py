@@ -1,12 +1,15 @@
 from __future__ import annotations
 
 import json
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_run import Workshop, held_out_loss, records, weights
+from tiny_run import Workshop, environment, held_out_loss, records, weights
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from longseq.launch import export as export_module
@@ -144,3 +147,21 @@ def test_an_exported_model_generates_with_a_cache_and_stops_at_its_own_eos(tied:
     )
     assert made.past_key_values is not None
     assert model.generation_config.eos_token_id == model.config.eos_token_id == tokenizer.eos_token_id
+
+
+def test_weights_are_read_without_deepspeed(tied: Path) -> None:
+    code = (
+        "import sys; from pathlib import Path;"
+        "from longseq.distributed.state_files import consolidated_weights;"
+        "assert consolidated_weights(Path(sys.argv[1])); assert 'deepspeed' not in sys.modules"
+    )
+    folder = newest_checkpoint(tied) / "engine"
+    subprocess.run([sys.executable, "-c", code, str(folder)], env=environment(), check=True)
+
+
+def test_a_checkpoint_that_has_lost_a_file_is_refused(tied: Path, tmp_path: Path) -> None:
+    checkpoint = tmp_path / "step-00000004"
+    shutil.copytree(newest_checkpoint(tied), checkpoint)
+    (checkpoint / "engine" / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"holds no weight model\..* 2 files and 1 are there"):
+        export_checkpoint(checkpoint, tmp_path / "model")

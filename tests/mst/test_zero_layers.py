@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -43,6 +44,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "many layers rebuilt": {"checkpoints": Placement(every=3, host=False), "save_attention": True},
     "applied to an engine": {"late": True},
     "the head by mini-sequences": {"loss": "mini_sequence", "loss_memory_mib": 1},
+    "born sharded": {"born": True},
 }
 ZERO_1_AND_2 = ("as it is", "layers rebuilt")
 BY_TRAINER: dict[str, dict[str, Any]] = {
@@ -51,12 +53,15 @@ BY_TRAINER: dict[str, dict[str, Any]] = {
     "3, loaded in parts": {"stage": 3, "load": True},
 }
 TRAINER_STEPS = 3
-ADAPTED = [(2, "all"), (3, "all"), (3, "above")]
+ADAPTED = [(2, "all", False), (3, "all", False), (3, "above", False), (3, "all", True)]
 
 
 def make_model(dtype: torch.dtype = torch.float32, adapters: str | None = None) -> nn.Module:
     """`adapters` are of "all" layers, or of those "above" the first two."""
-    model = tiny_llama(dtype, num_hidden_layers=LAYERS)
+    return with_adapters(tiny_llama(dtype, num_hidden_layers=LAYERS), adapters)
+
+
+def with_adapters(model: nn.Module, adapters: str | None) -> nn.Module:
     if adapters is None:
         return model
     import peft
@@ -68,24 +73,31 @@ def make_model(dtype: torch.dtype = torch.float32, adapters: str | None = None) 
         task_type="CAUSAL_LM",
     )
     torch.manual_seed(3)
-    return peft.get_peft_model(model, config, autocast_adapter_dtype=False).to(dtype)
+    return peft.get_peft_model(model, config, autocast_adapter_dtype=False).to(model.dtype)
 
 
 def make_optimizer(model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.SGD([param for param in model.parameters() if param.requires_grad], lr=9.0)
 
 
+def init_communication() -> None:
+    from longseq.distributed.zero import init_deepspeed_communication
+
+    init_deepspeed_communication()
+
+
 def make_engine(model: nn.Module, groups: ProcessGroups, stage: int):
-    from longseq.distributed.zero import DeepSpeedEngine, ZeroOptions, init_deepspeed_communication
+    from longseq.distributed.zero import DeepSpeedEngine
+    from longseq.distributed.zero_config import ZeroOptions
 
     class WithoutReserves(ZeroOptions):
-        def deepspeed_config(self, world_size: int) -> dict[str, Any]:
-            config = super().deepspeed_config(world_size)
+        def deepspeed_config(self, world_size: int, module: nn.Module | None = None) -> dict[str, Any]:
+            config = super().deepspeed_config(world_size, module)
             if self.stage == 3:
                 config["zero_optimization"] |= NO_RESERVES
             return config
 
-    init_deepspeed_communication()
+    init_communication()
     options = WithoutReserves(stage, MICRO_BATCHES // groups.dp_size)
     return DeepSpeedEngine(model, make_optimizer(model), groups, options)
 
@@ -136,10 +148,47 @@ def watch_gathered(engine: Any, layers: nn.ModuleList) -> list[list[int]]:
     return found
 
 
-def zero_case(stage: int, adapters: str | None = None, late: bool = False, **options: Any) -> dict:
+def watch_entered(engine: Any, layers: nn.ModuleList) -> list[list[int]]:
+    """Each layer that is entered, and the others of which weights are there or on their way; -1: not all."""
+    found: list[list[int]] = []
+    coordinator = engine._engine.optimizer.parameter_offload.get_param_coordinator()
+    original, indices = coordinator.fetch_sub_module, {layer: index for index, layer in enumerate(layers)}
+
+    def watching(module: nn.Module, forward: bool) -> None:
+        original(module, forward=forward)
+        if module in indices:
+            entry = [indices[module]]
+            for layer, index in indices.items():
+                away = [param for param in layer.parameters() if not param.ds_persist]
+                sent = {param.ds_status.name != "NOT_AVAILABLE" for param in away}
+                if layer is not module and True in sent:
+                    entry.append(-1 if False in sent else index)
+            found.append(entry)
+
+    coordinator.fetch_sub_module = watching
+    return found
+
+
+def born_model(adapters: str | None) -> nn.Module:
+    """The same numbers, in a model whose weights have never been whole."""
+    from longseq.distributed.zero_config import ZeroOptions
+    from longseq.distributed.zero_init import born_sharded, load_sharded
+
+    init_communication()
+    with tempfile.TemporaryDirectory() as folder:
+        save_file(make_model().state_dict(), f"{folder}/model.safetensors", {"format": "pt"})
+        with born_sharded(ZeroOptions(3).deepspeed_config(2)):
+            model = tiny_llama(num_hidden_layers=LAYERS)
+        load_sharded(model, [Path(folder, "model.safetensors")], source="what was saved")
+    return with_adapters(model, adapters)
+
+
+def zero_case(
+    stage: int, adapters: str | None = None, late: bool = False, born: bool = False, **options: Any
+) -> dict:
     """Losses and weights of a rank, and what ZeRO-3 gathered: rows are of other lengths on the other rank."""
     groups, options = ProcessGroups.create(), {"tile_tokens": 10, **options}
-    model = make_model(adapters=adapters)
+    model = born_model(adapters) if born else make_model(adapters=adapters)
     if late:
         engine = make_engine(model, groups, stage)
         handle = apply_mini_sequence(model, **options)
@@ -158,6 +207,29 @@ def zero_case(stage: int, adapters: str | None = None, late: bool = False, **opt
     return {**result, "weights": whole_weights(model), **seen}
 
 
+def prefetch_case() -> list[list[int]]:
+    """Each layer that is entered in a later step, and the others whose weights are all there or on their way.
+
+    What the options ask for is asked for, as if weights were too large to stay and, as in real models, the
+    embedding larger than two layers.
+    """
+    from longseq.distributed import zero_config
+    from longseq.distributed.zero import DeepSpeedEngine
+
+    init_communication()
+    zero_config.PERSISTENT_NUMEL, earlier = 16, zero_config.PERSISTENT_NUMEL
+    groups = ProcessGroups.create()
+    model = tiny_llama(num_hidden_layers=LAYERS, hidden_size=16, intermediate_size=4)
+    apply_mini_sequence(model, tile_tokens=10)
+    options = zero_config.ZeroOptions(3, MICRO_BATCHES // groups.dp_size)
+    engine = DeepSpeedEngine(model, make_optimizer(model), groups, options)
+    zero_config.PERSISTENT_NUMEL = earlier
+    engine_training(engine, groups)
+    entered = watch_entered(engine, model.model.layers)
+    engine_training(engine, groups)
+    return entered
+
+
 def deepspeed_config(stage: int) -> dict[str, Any]:
     """As a user of the Trainer writes it."""
     sizes = ("train_micro_batch_size_per_gpu", "train_batch_size", "gradient_accumulation_steps")
@@ -173,9 +245,7 @@ def deepspeed_config(stage: int) -> dict[str, Any]:
 def prepare_for_trainer() -> None:
     from accelerate.state import AcceleratorState
 
-    from longseq.distributed.zero import init_deepspeed_communication
-
-    init_deepspeed_communication()
+    init_communication()
     AcceleratorState._reset_state(reset_partial_state=True)
     # Looked for even where the group is there; without the last, processes take each other's cores.
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0", OMP_NUM_THREADS="1")
@@ -223,14 +293,37 @@ def trainer_case(stage: int | None, load: bool = False) -> dict:
     return {"losses": losses, "weights": whole_weights(model), "counts": dict(counts)}
 
 
+def probe_case() -> list[str]:
+    """What is said to sharded models of no known family: one is a Llama, the other's layers are not."""
+    said = []
+    for factor in (1.0, 0.5):
+        model = born_model(None)
+        model.config.model_type = "unknown"
+        for layer in model.model.layers:
+            # Both halves of a layer add what an MLP or attention gave, which then is not what the names say.
+            layer.mlp.register_forward_hook(lambda module, args, output, factor=factor: output * factor)
+        try:
+            apply_mini_sequence(model, tile_tokens=10, layers="model.layers").undo()
+            said.append("nothing")
+        except ValueError as error:
+            said.append(str(error))
+        said += [name for name, param in model.named_parameters() if param.numel()]
+    return said
+
+
+def adapted_name(stage: int, adapters: str, born: bool) -> str:
+    return f"{stage}{', born sharded' if born else ''}, adapters of {adapters}"
+
+
 @pytest.fixture(scope="module")
 def outcomes() -> dict[str, list]:
     cases: dict[str, Any] = {f"3, {name}": (zero_case, {"stage": 3, **run}) for name, run in RUNS.items()}
     for stage in (1, 2):
         cases |= {f"{stage}, {name}": (zero_case, {"stage": stage, **RUNS[name]}) for name in ZERO_1_AND_2}
-    for stage, adapters in ADAPTED:
-        case = {"stage": stage, "adapters": adapters, "head_groups": 2}
-        cases[f"{stage}, adapters of {adapters}"] = (zero_case, case)
+    for stage, adapters, born in ADAPTED:
+        case = {"stage": stage, "adapters": adapters, "head_groups": 2, "born": born}
+        cases[adapted_name(stage, adapters, born)] = (zero_case, case)
+    cases |= {"Probe": (probe_case, {}), "Prefetch": (prefetch_case, {})}
     cases |= {f"Trainer, {name}": (trainer_case, run) for name, run in BY_TRAINER.items()}
     return run_cases(2, cases)
 
@@ -238,7 +331,7 @@ def outcomes() -> dict[str, list]:
 NAMES = [
     *(f"3, {name}" for name in RUNS),
     *(f"{stage}, {name}" for stage in (1, 2) for name in ZERO_1_AND_2),
-    *(f"{stage}, adapters of {adapters}" for stage, adapters in ADAPTED),
+    *(adapted_name(*adapted) for adapted in ADAPTED),
 ]
 
 
@@ -309,3 +402,16 @@ def test_the_trainers_own_deepspeed_gathers_once_a_layer_and_pass(
     elements = sum(param.numel() for param in make_model().parameters())
     for rank in outcomes[f"Trainer, {name}"]:
         assert 0 < rank["counts"]["elements"] <= elements * TRAINER_STEPS * 2 * 1.01
+
+
+def test_layers_of_no_known_family_are_probed_where_they_are_sharded(outcomes: dict[str, list]) -> None:
+    for right, wrong in outcomes["Probe"]:
+        assert right == "nothing"
+        assert "what layer 0 adds would differ by" in wrong
+
+
+def test_the_next_layer_is_sent_for_whole_and_none_beyond(outcomes: dict[str, list]) -> None:
+    forward = [[index, index + 1] for index in range(LAYERS - 1)] + [[LAYERS - 1]]
+    backward = [[index, index - 1] for index in reversed(range(1, LAYERS))] + [[0]]
+    for entered in outcomes["Prefetch"]:
+        assert entered == [*forward, *backward] * (STEPS * MICRO_BATCHES // 2)

@@ -1,0 +1,337 @@
+"""Weights and optimizer states in safetensors files, cut anywhere, and put together as anyone needs them.
+
+A file holds pieces: consecutive elements of a parameter, or of one of its optimizer states, seen flat. Which
+ones is in the file's metadata, as JSON, beside the states that are single numbers:
+
+    {"num_files": 2,
+     "tensors": {"exp_avg/norm.weight":
+                 {"parameter": "norm.weight", "state": "exp_avg", "start": 40, "shape": [64]}},
+     "scalars": {"norm.weight": {"step": {"dtype": "float32", "value": 3.0}}},
+     "buffers": ["rotary.table"]}
+
+`shape` is the whole parameter's. A piece that is all of it is stored in that shape, any other one flat.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+INDEX = "longseq"
+WEIGHT = "weight"
+"""Among the tensors of a piece, the parameter itself."""
+
+DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+"""What safetensors calls them."""
+NUMBERS = (bool, int, float, str, type(None))
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Consecutive elements of one parameter.
+
+    Attributes:
+        parameter: Its name in the model.
+        shape: Of the whole parameter.
+        start: The first element, in the flat parameter.
+        tensors: `WEIGHT` and optimizer states, of one size.
+        scalars: Optimizer states that are numbers, such as `step`.
+    """
+
+    parameter: str
+    shape: tuple[int, ...]
+    start: int
+    tensors: dict[str, Tensor]
+    scalars: dict[str, Any] = field(default_factory=dict)
+
+
+def split_state(state: Mapping[str, Any], like: Tensor) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """An optimizer's state of one tensor: what has the tensor's shape, and what is a number.
+
+    Raises:
+        ValueError: A state that is neither.
+    """
+    tensors, scalars = {}, {}
+    for key, value in state.items():
+        # Of a weight that is a number itself, every state has the shape of its count of steps.
+        if isinstance(value, Tensor) and value.shape == like.shape and (value.dim() or key != "step"):
+            tensors[key] = value
+        elif (value.dim() == 0) if isinstance(value, Tensor) else isinstance(value, NUMBERS):
+            scalars[key] = value
+        else:
+            shown = (
+                f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(type(value))
+            )
+            raise ValueError(
+                f"the optimizer's state {key!r} is {shown}, neither a number nor of its weight's shape "
+                f"{tuple(like.shape)}; a checkpoint cannot hold it. Use an optimizer with elementwise states."
+            )
+    return tensors, scalars
+
+
+def loaded_scalar(saved: Any, *, group: Mapping[str, Any], device: torch.device) -> Any:
+    """A scalar state as torch's optimizers keep it: fused and capturable ones want it beside the weights."""
+    if not isinstance(saved, dict):
+        return saved
+    on_device = group.get("fused") or group.get("capturable")
+    dtype = getattr(torch, saved["dtype"])
+    return torch.tensor(saved["value"], dtype=dtype, device=device if on_device else "cpu")
+
+
+def persistent_buffers(module: nn.Module) -> dict[str, Tensor]:
+    """The buffers that are part of a model's state; those that share memory stand once."""
+    names = module.state_dict().keys()
+    return {name: buffer for name, buffer in module.named_buffers() if name in names}
+
+
+def write_pieces(
+    path: Path, pieces: Iterable[Piece], *, num_files: int, buffers: Mapping[str, Tensor] | None = None
+) -> None:
+    """Write a file of a checkpoint; it appears whole or not at all, under its name.
+
+    Args:
+        path: Of the file, `*.safetensors`, in a folder of the checkpoint's own.
+        pieces: What this rank owns.
+        num_files: How many files the checkpoint has.
+        buffers: Buffers of the model; one file of a checkpoint has them.
+    """
+    tensors, entries, scalars = dict(buffers or {}), {}, {}
+    for piece in pieces:
+        for state, tensor in piece.tensors.items():
+            key = piece.parameter if state == WEIGHT else f"{state}/{piece.parameter}"
+            tensors[key] = tensor.detach()
+            entries[key] = {
+                "parameter": piece.parameter,
+                "state": state,
+                "start": piece.start,
+                "shape": list(piece.shape),
+            }
+        if piece.scalars:
+            scalars[piece.parameter] = {key: _plain(value) for key, value in piece.scalars.items()}
+    index = {"num_files": num_files, "tensors": entries, "scalars": scalars, "buffers": list(buffers or {})}
+    draft = path.with_name(f".{path.name}.partial")
+    _write_safetensors(draft, tensors, {"format": "pt", INDEX: json.dumps(index)})
+    os.replace(draft, path)
+
+
+def _plain(value: Any) -> Any:
+    """A number as JSON holds it, to the last bit."""
+    return (
+        {"dtype": str(value.dtype).split(".")[1], "value": value.item()}
+        if isinstance(value, Tensor)
+        else value
+    )
+
+
+def _write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
+    """As `safetensors.torch.save_file`, which wants all tensors in host memory at once: here it is one."""
+    ordered = sorted(tensors.items(), key=lambda item: -item[1].element_size())  # every one then is aligned
+    header: dict[str, Any] = {"__metadata__": metadata}
+    end = 0
+    for key, tensor in ordered:
+        begin, end = end, end + tensor.nbytes
+        header[key] = {
+            "dtype": DTYPES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [begin, end],
+        }
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for _, tensor in ordered:
+            file.write(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+
+
+class _Stored(NamedTuple):
+    """A piece in a file."""
+
+    path: Path
+    key: str
+    start: int
+    stop: int
+
+
+class SavedState:
+    """The pieces of all files of a checkpoint, read when and as far as they are asked for.
+
+    Attributes:
+        shapes: Of the parameters, by name.
+
+    Raises:
+        ValueError: There is no such file in the folder.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._open_files: dict[Path, Any] = {}
+        self._buffers: dict[str, Path] = {}
+        self._pieces: dict[str, dict[str, list[_Stored]]] = {}
+        self._scalars: dict[str, dict[str, Any]] = {}
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self._num_files, self._num_there = 0, 0
+        for path in sorted(folder.glob("*.safetensors")):
+            metadata = self._file(path).metadata() or {}
+            if INDEX in metadata:
+                self._num_there += 1
+                self._add(path, json.loads(metadata[INDEX]))
+        if not self._num_there:
+            raise ValueError(
+                f"{folder} holds no engine's checkpoint: there is no *.safetensors of one in it."
+            )
+
+    def _add(self, path: Path, index: dict[str, Any]) -> None:
+        self._num_files = max(self._num_files, index["num_files"])
+        self._buffers |= dict.fromkeys(index["buffers"], path)
+        for key, entry in index["tensors"].items():
+            name = entry["parameter"]
+            self.shapes[name] = tuple(entry["shape"])
+            numel = math.prod(self._file(path).get_slice(key).get_shape())
+            stored = _Stored(path, key, entry["start"], entry["start"] + numel)
+            self._pieces.setdefault(name, {}).setdefault(entry["state"], []).append(stored)
+        for name, scalars in index["scalars"].items():
+            self._scalars.setdefault(name, scalars)
+
+    def _file(self, path: Path) -> Any:
+        if path not in self._open_files:
+            self._open_files[path] = safe_open(path, framework="pt")
+        return self._open_files[path]
+
+    def states(self, parameter: str) -> list[str]:
+        """The tensor-valued optimizer states that there are of a parameter."""
+        return [state for state in self._pieces[parameter] if state != WEIGHT]
+
+    def scalars(self, parameter: str) -> dict[str, Any]:
+        """The optimizer's numbers of a parameter, for `loaded_scalar`."""
+        return self._scalars.get(parameter, {})
+
+    def check(self, shapes: Mapping[str, tuple[int, ...]], buffers: Collection[str]) -> None:
+        """See that all of a model is there, and nothing else.
+
+        Args:
+            shapes: Of the model's trainable parameters, by name.
+            buffers: Names of its persistent buffers.
+
+        Raises:
+            ValueError: Parameters or buffers that are missing, unexpected, or of another shape, elements
+                that are in no file, or in two.
+        """
+        there, wanted = {*self.shapes, *self._buffers}, {*shapes, *buffers}
+        missing, unexpected = sorted(wanted - there), sorted(there - wanted)
+        if missing or unexpected:
+            what = "is not whole" if self._lost_files() else "is of another model"
+            raise ValueError(
+                f"{self._folder} {what}: missing {missing[:3]}, unexpected {unexpected[:3]}."
+                f"{self._lost_files()}"
+            )
+        for name, shape in shapes.items():
+            if self.shapes[name] != tuple(shape):
+                raise ValueError(
+                    f"{self._folder} is of another model: {name} has shape {self.shapes[name]} there and "
+                    f"{tuple(shape)} here."
+                )
+            for state in self._pieces[name]:
+                self._check_whole(name, state)
+            if WEIGHT not in self._pieces[name]:
+                raise ValueError(f"{self._folder} holds no weight {name}.{self._lost_files()}")
+        if self._num_there != self._num_files:
+            raise ValueError(f"{self._folder} is not whole.{self._lost_files()}")
+
+    def _check_whole(self, name: str, state: str) -> None:
+        stop = 0
+        what = name if state == WEIGHT else f"{state} of {name}"
+        pieces = self._pieces[name][state]
+        pieces.sort(key=lambda piece: piece.start)
+        numel = math.prod(self.shapes[name])
+        for start, next_stop in [*((piece.start, piece.stop) for piece in pieces), (numel, numel)]:
+            if start > stop:
+                raise ValueError(
+                    f"{self._folder} lacks elements {stop} to {start - 1} of {what}.{self._lost_files()}"
+                )
+            if start < stop:
+                raise ValueError(
+                    f"{self._folder} has elements from {start} on of {what} twice: files of two checkpoints "
+                    f"are mixed in it.{self._lost_files()}"
+                )
+            stop = next_stop
+
+    def _lost_files(self) -> str:
+        if self._num_there == self._num_files:
+            return ""
+        return f" It was written as {self._num_files} files and {self._num_there} are there; bring them back."
+
+    def read_into(self, out: Tensor, parameter: str, state: str, start: int) -> None:
+        """Fill a flat tensor, of any dtype and device, with a parameter's elements from `start` on."""
+        stop = start + out.numel()
+        for piece in self._pieces[parameter][state]:
+            first, last = max(start, piece.start), min(stop, piece.stop)
+            if first < last:
+                part = self._elements(piece, first - piece.start, last - piece.start)
+                out[first - start : last - start].copy_(part)
+
+    def _elements(self, piece: _Stored, first: int, last: int) -> Tensor:
+        """Flat elements of a stored tensor, from no more of its rows than they lie in."""
+        stored = self._file(piece.path).get_slice(piece.key)
+        shape = stored.get_shape()
+        if not shape:
+            return self._file(piece.path).get_tensor(piece.key).reshape(1)
+        row = math.prod(shape[1:])
+        top = first // row
+        rows = stored[top : -(-last // row)]
+        return rows.reshape(-1)[first - top * row : last - top * row]
+
+    def whole(self, parameter: str, state: str = WEIGHT, dtype: torch.dtype = torch.float32) -> Tensor:
+        """All of a weight or a state, in its shape, on the CPU."""
+        out = torch.empty(self.shapes[parameter], dtype=dtype)
+        self.read_into(out.view(-1), parameter, state, 0)
+        return out
+
+    def buffer(self, name: str) -> Tensor:
+        """A buffer, on the CPU."""
+        return self._file(self._buffers[name]).get_tensor(name)
+
+    def weights(self, dtype: torch.dtype = torch.float32) -> Iterator[tuple[str, Tensor]]:
+        """Names and whole weights, then buffers, one at a time on the CPU; integers keep their own dtype.
+
+        Raises:
+            ValueError: Elements that are in no file, or in two.
+        """
+        for name in self.shapes:
+            if WEIGHT not in self._pieces[name]:
+                raise ValueError(f"{self._folder} holds no weight {name}.{self._lost_files()}")
+            self._check_whole(name, WEIGHT)
+            yield name, self.whole(name, dtype=dtype)
+        for name in self._buffers:
+            buffer = self.buffer(name)
+            yield name, buffer.to(dtype) if buffer.is_floating_point() else buffer
+
+
+def load_buffers(module: nn.Module, saved: SavedState) -> None:
+    """Bring a model's persistent buffers back."""
+    for name, buffer in persistent_buffers(module).items():
+        buffer.copy_(saved.buffer(name))
+
+
+def consolidated_weights(folder: Path) -> dict[str, Tensor]:
+    """The float32 weights that an engine saved into a folder, and the buffers, on the CPU."""
+    return dict(SavedState(folder).weights())
