@@ -96,7 +96,11 @@ def calibrate(engine: Engine, groups: ProcessGroups, vocab_size: int, device: to
             draw = torch.Generator().manual_seed(micro_batch)
             ids = torch.randint(0, vocab_size, (1, TOKENS_A_RANK * groups.sp_size), generator=draw)
             shard = shard_batch({"input_ids": ids, "labels": ids}, groups)
-            shard = {name: tensor.to(device) for name, tensor in shard.items()}
+            # Documents stay with the host, where attention reads them.
+            shard = {
+                name: tensor if name == "document_offsets" else tensor.to(device)
+                for name, tensor in shard.items()
+            }
             nll = engine(**shard, num_items_in_batch=ids.numel(), use_cache=False).loss
             engine.backward(nll)
             if micro_batch < engine.accumulation_steps - 1:

@@ -97,10 +97,12 @@ def _train(args: argparse.Namespace) -> int:
     if args.num_gpus is not None:
         overrides.append(f"parallel.num_gpus={args.num_gpus}")
     config = load_config(args.config, overrides)
-    if not is_launched():
-        count = num_processes(config)
-        check_world(config, count)
-        if count > 1 or args.hostfile is not None:
+    # With a hostfile this is a launcher, even where srun started one on each node.
+    if args.hostfile is not None or not is_launched():
+        count = num_processes(config, args.hostfile, args.launcher_args)
+        if count is not None:
+            check_world(config, count)
+        if count != 1 or args.hostfile is not None:
             return launch(
                 args.config,
                 overrides,

@@ -1,4 +1,4 @@
-"""Starting a run's processes with DeepSpeed's launcher."""
+"""Starting a run's processes with DeepSpeed's launcher, on this machine or on several."""
 
 from __future__ import annotations
 
@@ -9,19 +9,36 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from itertools import pairwise
-from pathlib import Path
 
 from .config import RunConfig
+from .hostfile import master_words, option, read_hostfile, total_slots
+from .nodes import ask_to_stop
 from .processes import free_port
 
 MODULE = "longseq.launch.cli"
+NO_SSH_PORT = 29500
+"""Where launchers that know nothing of each other meet, unless they are told: DeepSpeed's and torch's own."""
 
 
-def num_processes(config: RunConfig) -> int:
-    """Processes that a run on this machine takes: as told, else as many of its GPUs as the batch can use.
+def num_processes(
+    config: RunConfig, hostfile: str | None = None, launcher_args: Sequence[str] = ()
+) -> int | None:
+    """Processes that a run takes: as told, else as many of this machine's GPUs as the batch can use.
 
-    On a machine without a GPU it is one for each shard of a sequence.
+    On a machine without a GPU it is one for each shard of a sequence. With a hostfile it is its slots; None
+    where words for DeepSpeed's launcher choose some of these, so that only the processes can count them.
+
+    Raises:
+        ValueError: The hostfile is not there, is none, or has other slots than `parallel.num_gpus` asks for.
     """
+    if hostfile is not None:
+        slots = total_slots(hostfile, launcher_args)
+        if slots is not None and config.parallel.num_gpus not in ("auto", slots):
+            raise ValueError(
+                f"parallel.num_gpus={config.parallel.num_gpus} but {hostfile} has {slots} slots; leave it "
+                "out, or name as many slots."
+            )
+        return slots
     if config.parallel.num_gpus != "auto":
         return config.parallel.num_gpus
     degree = config.parallel.ulysses_degree
@@ -43,19 +60,20 @@ def launch(
     config_source: str,
     overrides: Sequence[str],
     *,
-    num_gpus: int,
+    num_gpus: int | None,
     hostfile: str | None = None,
     launcher_args: Sequence[str] = (),
 ) -> int:
     """Run `longseq train` on several processes and wait for them.
 
     SIGTERM and SIGUSR1 are handed to the workers, which save and stop; DeepSpeed's launcher would kill them.
-    So are Ctrl-C, which ends them at once, and SIGHUP of a terminal that closes, which becomes SIGTERM.
+    Where none is on this machine, the run is asked at its store. Ctrl-C is handed on too, and ends them at
+    once, and so is SIGHUP of a terminal that closes, which becomes SIGTERM.
 
     Args:
         config_source: Preset or YAML file.
         overrides: `key=value` each.
-        num_gpus: Processes in all; with a hostfile, its slots decide which node runs how many.
+        num_gpus: Processes in all; a hostfile says it by its slots.
         hostfile: DeepSpeed's hostfile, for several nodes.
         launcher_args: Handed to DeepSpeed's launcher as they are.
 
@@ -64,32 +82,38 @@ def launch(
     """
     command = [sys.executable, "-m", "deepspeed.launcher.runner", "--no_local_rank"]
     if hostfile is not None:
-        if not Path(hostfile).is_file():
+        if "RANK" in os.environ:
             raise ValueError(
-                f"--hostfile {hostfile}: no such file; DeepSpeed would train on this machine alone."
+                f"--hostfile {hostfile}: this process was itself started by a launcher (RANK is set), which "
+                "names the nodes; leave it out."
             )
-        command += ["--hostfile", hostfile]
+        command += ["--hostfile", hostfile, *master_words(hostfile, launcher_args)]
     else:
         # A path that does not exist: DeepSpeed would otherwise read a hostfile of the machine's own.
         command += ["--hostfile", os.devnull + "/none", *_which_gpus(num_gpus)]
-    if "--master_port" not in " ".join(launcher_args):
-        command += ["--master_port", str(free_port())]
-    if "--log_level" not in " ".join(launcher_args):
+    given_port = option(launcher_args, "--master_port")
+    port = int(given_port or (NO_SSH_PORT if "--no_ssh" in launcher_args else free_port()))
+    if given_port is None:
+        command += ["--master_port", str(port)]
+    if option(launcher_args, "--log_level") is None:
         command += ["--log_level", "critical"]  # which worker it was and by which command: they say it better
     command += [*launcher_args, "--module", MODULE, "train", config_source, *overrides]
     environment = dict(os.environ)
     if not _gpu_count():
         environment["DS_ACCELERATOR"] = "cpu"
         # DeepSpeed counts a CPU machine's "devices" by its NUMA nodes unless it is told.
-        environment["LOCAL_SIZE"] = str(num_gpus)
+        environment["LOCAL_SIZE"] = str(num_gpus or 1)
     # In a session of its own: what a terminal or `timeout` sends to all would end DeepSpeed's launcher, and
     # that the workers, before they have saved.
     process = subprocess.Popen(command, env=environment, start_new_session=True)
     numbers = [signal.SIGTERM, signal.SIGUSR1]
     if signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:  # nohup has it ignored
         numbers.append(signal.SIGHUP)
+    store: tuple[str, int] | None = None
+    if hostfile is not None:
+        store = option(launcher_args, "--master_addr") or next(iter(read_hostfile(hostfile))), port
     earlier = {
-        number: signal.signal(number, lambda received, frame: _pass_on(process, received))
+        number: signal.signal(number, lambda received, frame: _pass_on(process, received, store))
         for number in numbers
     }
     try:
@@ -143,7 +167,7 @@ def _which_gpus(num_gpus: int) -> list[str]:
     return ["--include", f"localhost:{','.join(visible[:num_gpus])}"]
 
 
-def _pass_on(process: subprocess.Popen, number: int) -> None:
+def _pass_on(process: subprocess.Popen, number: int, store: tuple[str, int] | None = None) -> None:
     import psutil
 
     if number == signal.SIGHUP:
@@ -156,8 +180,12 @@ def _pass_on(process: subprocess.Popen, number: int) -> None:
     for worker in workers:
         with contextlib.suppress(psutil.NoSuchProcess):
             worker.send_signal(number)
-    if not workers:  # none yet, or all on other nodes, which DeepSpeed's launcher ends
-        os.killpg(process.pid, signal.SIGTERM)
+    if workers:
+        return
+    # None yet, or all on other nodes, which a run that goes on can be told of at its store alone.
+    if store is not None and number != signal.SIGINT and ask_to_stop(*store, signal.Signals(number).name):
+        return
+    os.killpg(process.pid, signal.SIGTERM)
 
 
 def _gpu_count() -> int:

@@ -6,13 +6,14 @@ import fcntl
 import logging
 import os
 import signal
-import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
+
+from .nodes import adopt_slurm, asked_to_stop, meet
 
 if TYPE_CHECKING:
     import torch
@@ -24,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 def is_launched() -> bool:
     """Whether deepspeed, torchrun, mpirun's environment or srun started this process as one of a group."""
-    _adopt_slurm()
+    adopt_slurm()
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
@@ -37,6 +38,9 @@ def join(ulysses_degree: int, *, use_deepspeed: bool) -> tuple[ProcessGroups, to
 
     Returns:
         The process groups and the device that this rank computes on.
+
+    Raises:
+        ValueError: The node has fewer GPUs than processes, or the nodes were told different worlds.
     """
     import torch
     import torch.distributed as dist
@@ -44,10 +48,7 @@ def join(ulysses_degree: int, *, use_deepspeed: bool) -> tuple[ProcessGroups, to
     from ..distributed.groups import ProcessGroups
 
     has_gpu = torch.cuda.is_available()
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    if torch.cuda.device_count() == 1:
-        local_rank = 0  # the launcher shows each process a GPU of its own
-    device = torch.device("cuda", local_rank) if has_gpu else torch.device("cpu")
+    device = torch.device("cuda", local_gpu(torch.cuda.device_count())) if has_gpu else torch.device("cpu")
     if has_gpu:
         torch.cuda.set_device(device)
     else:
@@ -64,12 +65,32 @@ def join(ulysses_degree: int, *, use_deepspeed: bool) -> tuple[ProcessGroups, to
             # ZeRO on one process still talks to a group, of one.
             os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1")
             os.environ["MASTER_PORT"] = str(free_port())
-        dist.init_process_group("nccl" if has_gpu else "gloo", device_id=device if has_gpu else None)
+        world = {}
+        if "TORCHELASTIC_RUN_ID" not in os.environ:  # torchrun's nodes have met already
+            rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+            world = {"store": meet(), "rank": rank, "world_size": size}
+        dist.init_process_group("nccl" if has_gpu else "gloo", device_id=device if has_gpu else None, **world)
     if use_deepspeed:
         from ..distributed.zero import init_deepspeed_communication
 
         init_deepspeed_communication()
     return ProcessGroups.create(ulysses_degree), device
+
+
+def local_gpu(count: int) -> int:
+    """Which of the GPUs that this process sees is its own."""
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    if local_rank < count:
+        return local_rank
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    if count == 1 and "," not in visible:
+        return 0  # the launcher shows each process a GPU of its own
+    import socket
+
+    raise ValueError(
+        f"{socket.gethostname()} has {count} GPUs for this run and was to start process {local_rank + 1} on "
+        "them; lower its slots in the hostfile, --nproc-per-node or --ntasks-per-node."
+    )
 
 
 def leave() -> None:
@@ -115,13 +136,18 @@ class StopRequest:
     """Whether the run was asked to save and stop (SIGTERM, SIGUSR1); looked at between two steps."""
 
     def __init__(self) -> None:
-        self.asked_by: str | None = None
+        self._signal: str | None = None
         self._earlier = {
             number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGUSR1)
         }
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self.asked_by = signal.Signals(number).name
+        self._signal = signal.Signals(number).name
+
+    @property
+    def asked_by(self) -> str | None:
+        """The signal that came, here or (on rank 0) to the launcher on another machine."""
+        return self._signal or asked_to_stop()
 
     def restore(self) -> None:
         """Give the signals back to whom they belonged."""
@@ -162,25 +188,3 @@ def set_up_logging(is_main: bool) -> None:
         disable_progress_bar()
     if not is_main:
         warnings.simplefilter("ignore")
-
-
-def _adopt_slurm() -> None:
-    """Under srun, say in torch's words what Slurm says in its own.
-
-    SLURM_STEP_NUM_TASKS is set inside a step alone: a batch script's own process is not one of its tasks.
-    """
-    tasks = int(os.environ.get("SLURM_STEP_NUM_TASKS", "1"))
-    if tasks < 2 or "RANK" in os.environ:
-        return
-    os.environ["RANK"] = os.environ["SLURM_PROCID"]
-    os.environ["LOCAL_RANK"] = os.environ["SLURM_LOCALID"]
-    os.environ["WORLD_SIZE"] = str(tasks)
-    os.environ.setdefault("MASTER_PORT", str(20000 + int(os.environ["SLURM_JOB_ID"]) % 20000))
-    if "MASTER_ADDR" not in os.environ:
-        nodes = subprocess.run(
-            ["scontrol", "show", "hostnames", os.environ["SLURM_STEP_NODELIST"]],
-            check=True,
-            capture_output=True,
-            text=True,
-        )
-        os.environ["MASTER_ADDR"] = nodes.stdout.split()[0]

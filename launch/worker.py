@@ -9,6 +9,7 @@ import torch
 
 from ..distributed.groups import ProcessGroups
 from .config import RunConfig
+from .nodes import check_nodes
 from .processes import join, leave, set_up_logging
 from .train import TrainingError, train
 
@@ -33,6 +34,7 @@ def run_worker(config: RunConfig) -> int:
     set_up_logging(groups.is_main)
     _say_where(config, groups, device)
     try:
+        check_nodes(config, groups)
         train(config, groups, device)
         return 0
     except TrainingError as error:

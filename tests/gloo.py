@@ -1,4 +1,4 @@
-"""Functions run in several gloo processes: one start of the processes, many cases in it."""
+"""Functions run in several processes, over gloo or NCCL: one start of the processes, many cases in it."""
 
 from __future__ import annotations
 
@@ -22,13 +22,14 @@ HANG_S = 120
 Case = tuple[Callable[..., Any], dict[str, Any]]
 
 
-def run_cases(world_size: int, cases: dict[str, Case]) -> dict[str, list[Any]]:
+def run_cases(world_size: int, cases: dict[str, Case], backend: str = "gloo") -> dict[str, list[Any]]:
     """Run every case on every rank, one after the other, in processes that are started once.
 
     Args:
         world_size: Number of processes; each computes on one thread.
         cases: Name to (function at the top of its module, its keyword arguments). What it returns must be
             made of tensors, numbers, strings, lists and dicts.
+        backend: "gloo", or "nccl", with a GPU for each process.
 
     Returns:
         Name to what each rank returned.
@@ -38,19 +39,28 @@ def run_cases(world_size: int, cases: dict[str, Case]) -> dict[str, list[Any]]:
     """
     with tempfile.TemporaryDirectory() as folder:
         located = {name: (inspect.getfile(fn), fn.__name__, kwargs) for name, (fn, kwargs) in cases.items()}
-        mp.spawn(_run_rank, (world_size, Path(folder), located), nprocs=world_size)
+        mp.spawn(_run_rank, (world_size, Path(folder), located, backend), nprocs=world_size)
         ranks = [torch.load(Path(folder) / f"{rank}.pt", weights_only=True) for rank in range(world_size)]
     return {name: [returned[name] for returned in ranks] for name in cases}
 
 
 def _run_rank(
-    rank: int, world_size: int, folder: Path, located: dict[str, tuple[str, str, dict[str, Any]]]
+    rank: int,
+    world_size: int,
+    folder: Path,
+    located: dict[str, tuple[str, str, dict[str, Any]]],
+    backend: str,
 ) -> None:
     torch.set_num_threads(1)
     # DeepSpeed looks for these even where the process group is there.
-    os.environ.update(DS_ACCELERATOR="cpu", RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
+    if backend == "gloo":
+        os.environ["DS_ACCELERATOR"] = "cpu"
+    else:
+        torch.cuda.set_device(rank)
     dist.init_process_group(
-        "gloo",
+        backend,
+        device_id=torch.device("cuda", rank) if backend == "nccl" else None,
         init_method=f"file://{folder / 'rendezvous'}",
         rank=rank,
         world_size=world_size,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,7 +13,13 @@ EXAMPLES = sorted((Path(__file__).parent.parent / "examples").glob("*.py"))
 MAX_LINES = 40
 
 
-@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
+def example(path: Path) -> Any:
+    """Slow where two processes import transformers and DeepSpeed."""
+    marks = [pytest.mark.slow] if "import deepspeed" in path.read_text() else []
+    return pytest.param(path, id=path.name, marks=marks)
+
+
+@pytest.mark.parametrize("path", map(example, EXAMPLES))
 def test_it_runs_and_is_short(path: Path) -> None:
     launcher = (
         ["-m", "torch.distributed.run", "--nproc-per-node", "2"] if "torchrun" in path.read_text() else []

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from longseq.distributed import ProcessGroups
     from longseq.distributed.engine import Engine
 
+CPU = torch.device("cpu")
 VOCAB = 131
 MICRO_BATCHES = 4
 """Packed rows of a step, over all ranks that take different rows."""
@@ -87,17 +88,21 @@ def plain_training(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[f
     return losses
 
 
-def engine_step(engine: Engine, groups: ProcessGroups, step: int, lr: float) -> tuple[float, float | None]:
+def engine_step(
+    engine: Engine, groups: ProcessGroups, step: int, lr: float, device: torch.device = CPU
+) -> tuple[float, float | None]:
     """One step of the same training through an engine, as the training loop does it: (loss, norm)."""
     from longseq.distributed import global_token_loss, shard_batch
     from longseq.distributed.loss import count_tokens
 
     rows = packed_rows(step)[groups.dp_rank :: groups.dp_size]
     shards = [shard_batch(row, groups) for row in rows]
-    device = torch.device("cpu")
     num_tokens = count_tokens([shard["shift_labels"] for shard in shards], groups, device)
-    total, norm = torch.zeros((), dtype=torch.float64), None
+    total, norm = torch.zeros((), dtype=torch.float64, device=device), None
     for shard in shards:
+        shard = {
+            name: value if name == "document_offsets" else value.to(device) for name, value in shard.items()
+        }
         nll = engine(**shard, num_items_in_batch=1).loss
         total += nll.detach()
         engine.backward(global_token_loss(nll, num_tokens, reducer_divisor=engine.reducer_divisor))
@@ -105,9 +110,9 @@ def engine_step(engine: Engine, groups: ProcessGroups, step: int, lr: float) -> 
     return (groups.all_sum(total) / num_tokens).item(), norm
 
 
-def engine_training(engine: Engine, groups: ProcessGroups) -> dict[str, list]:
+def engine_training(engine: Engine, groups: ProcessGroups, device: torch.device = CPU) -> dict[str, list]:
     """All steps of the training; losses and gradient norms."""
-    steps = [engine_step(engine, groups, step, lr) for step, lr in enumerate(LEARNING_RATES)]
+    steps = [engine_step(engine, groups, step, lr, device) for step, lr in enumerate(LEARNING_RATES)]
     return {"losses": [loss for loss, _ in steps], "norms": [norm for _, norm in steps]}
 
 

@@ -16,6 +16,8 @@ from longseq.launch.checkpoint import newest_checkpoint, read_state
 from longseq.launch.config import RunConfig
 from longseq.launch.config_file import parse_config
 from longseq.launch.launcher import launch, num_processes
+from longseq.launch.nodes import first_host
+from longseq.launch.processes import is_launched, local_gpu
 
 CLI = [sys.executable, "-m", "longseq.launch.cli"]
 
@@ -108,12 +110,129 @@ def test_the_launchers_command(
     with pytest.raises(ValueError, match=r"num_gpus=16 but this machine has 8"):
         launch("a.yaml", [], num_gpus=16)
 
-    hosts = tmp_path / "hosts"
-    hosts.write_text("one slots=8\ntwo slots=8\n")
-    launch("a.yaml", [], num_gpus=16, hostfile=str(hosts))
+
+@pytest.fixture
+def hosts(tmp_path: Path) -> str:
+    path = tmp_path / "hosts"
+    path.write_text("# two of them\none slots=8\ntwo   slots=4  # half of it\n\n")
+    return str(path)
+
+
+def test_the_command_over_ssh(
+    recorded: type[Recorder], monkeypatch: pytest.MonkeyPatch, hosts: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("shutil.which", lambda name: name)
+    assert num_processes(spread(batch=12), hosts) == 12
+    assert num_processes(spread(batch=12), hosts, ["--include", "one:0,1"]) is None
+    assert num_processes(spread(num_gpus=12, batch=12), hosts) == 12
+    assert capsys.readouterr().err == ""  # this machine's GPUs are not what is counted
+    launch("a.yaml", [], num_gpus=12, hostfile=hosts)
     words = recorded.command
-    assert words[words.index("--hostfile") + 1] == str(hosts)
+    assert words[words.index("--hostfile") + 1] == hosts
+    assert "--master_port" in words
+    assert "--master_addr" not in words  # DeepSpeed asks the first node
     assert "--num_gpus" not in words
+
+    monkeypatch.setattr("shutil.which", lambda name: None if name == "pdsh" else name)
+    with pytest.raises(ValueError, match=r"through pdsh, which is not here; .* --no_ssh"):
+        launch("a.yaml", [], num_gpus=12, hostfile=hosts)
+    launch("a.yaml", [], num_gpus=12, hostfile=hosts, launcher_args=["--launcher=SLURM"])
+    with pytest.raises(ValueError, match=r"--launcher openmpi: .* use pdsh or slurm"):
+        launch("a.yaml", [], num_gpus=12, hostfile=hosts, launcher_args=["--launcher=openmpi"])
+
+
+def test_the_command_without_ssh(
+    recorded: type[Recorder], monkeypatch: pytest.MonkeyPatch, hosts: str, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    monkeypatch.delenv("RANK", raising=False)
+    launch("a.yaml", [], num_gpus=12, hostfile=hosts, launcher_args=["--no_ssh", "--node_rank", "1"])
+    words = recorded.command
+    assert words[words.index("--master_addr") + 1] == "one"
+    assert words[words.index("--master_port") + 1] == "29500"  # on every node, whoever started it
+    for wrong in ([], ["--node_rank=2"], ["--node_rank", "x"]):
+        with pytest.raises(ValueError, match=r"--no_ssh needs --node_rank, .* from 0 to 1"):
+            launch("a.yaml", [], num_gpus=12, hostfile=hosts, launcher_args=["--no_ssh", *wrong])
+    here = tmp_path / "here"
+    here.write_text("localhost slots=1\ntwo slots=1\n")
+    given = ["--no_ssh", "--node_rank=0", "--master_addr=10.0.0.1", "--master_port=1234"]
+    launch("a.yaml", [], num_gpus=2, hostfile=str(here), launcher_args=given)
+    assert not {"--master_addr", "--master_port"} & set(recorded.command)
+    with pytest.raises(ValueError, match=r"calls its first node localhost, by which the others cannot"):
+        launch("a.yaml", [], num_gpus=2, hostfile=str(here), launcher_args=given[:2])
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(ValueError, match=r"--hostfile .*RANK is set"):
+        launch("a.yaml", [], num_gpus=12, hostfile=hosts, launcher_args=given)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (None, "no such file"),
+        ("# nobody\n", "names no node"),
+        ("one slots=8\none slots=8\n", "line 2: 'one slots=8'"),
+        ("one 8\n", "line 1: 'one 8'; each node has one line, such as: node1 slots=8"),
+        ("one slots=0\n", "line 1"),
+    ],
+)
+def test_a_bad_hostfile(tmp_path: Path, text: str | None, said: str) -> None:
+    if text is not None:
+        (tmp_path / "hosts").write_text(text)
+    with pytest.raises(ValueError, match=said):
+        num_processes(spread(), str(tmp_path / "hosts"))
+
+
+def test_slots_that_are_not_the_processes_asked_for(hosts: str) -> None:
+    with pytest.raises(ValueError, match=r"parallel.num_gpus=8 but .*hosts has 12 slots"):
+        num_processes(spread(num_gpus=8), hosts)
+
+
+@pytest.mark.parametrize(
+    ("words", "name"),
+    [
+        ("gpu[003-006,9],login1", "gpu003"),
+        ("node7", "node7"),
+        ("a1,a2", "a1"),
+        ("rack[2-3]node[08,11]", "rack2node08"),
+        ("10.0.0.[1,3]", "10.0.0.1"),
+    ],
+)
+def test_the_first_node_in_slurms_words(words: str, name: str) -> None:
+    assert first_host(words) == name
+
+
+def test_slurm_tells_a_process_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    told = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    monkeypatch.setattr(os, "environ", {k: v for k, v in os.environ.items() if k not in told})
+    os.environ.update(SLURM_JOB_ID="1234567", SLURM_STEP_NODELIST="gpu[03-05]", SLURM_STEP_ID="0")
+    assert not is_launched()  # a batch script's own process
+    os.environ.update(SLURM_STEP_NUM_TASKS="9", SLURM_STEP_TASKS_PER_NODE="4(x2),1", SLURM_NODEID="1")
+    os.environ.update(SLURM_PROCID="6", SLURM_LOCALID="2")
+    assert is_launched()
+    place = {name: os.environ[name] for name in told}
+    port = int(place.pop("MASTER_PORT"))
+    assert list(place.values()) == ["6", "2", "9", "4", "gpu03"]
+    assert 10000 <= port < 30000
+    del os.environ["RANK"], os.environ["MASTER_PORT"]
+    os.environ["SLURM_STEP_ID"] = "1"
+    assert is_launched()
+    assert int(os.environ["MASTER_PORT"]) != port
+
+
+@pytest.mark.parametrize(
+    ("rank", "count", "visible", "mine"),
+    [("3", 8, "", 3), ("3", 1, "GPU-5", 0), ("0", 1, "", 0), ("3", 1, "0,1,2,3", None), ("4", 4, "", None)],
+)
+def test_which_gpu_is_a_processes_own(
+    monkeypatch: pytest.MonkeyPatch, rank: str, count: int, visible: str, mine: int | None
+) -> None:
+    monkeypatch.setenv("LOCAL_RANK", rank)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    if mine is not None:
+        assert local_gpu(count) == mine
+        return
+    with pytest.raises(ValueError, match=rf"has {count} GPUs .* process {int(rank) + 1} .* slots"):
+        local_gpu(count)
 
 
 def test_a_worker_that_was_killed_is_told_of(
