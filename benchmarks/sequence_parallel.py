@@ -123,8 +123,8 @@ class Bench:
         """One row's numbers, the same on all ranks: of times and peaks the largest."""
         free()
         ids = draw_tokens(self.setup, tokens, self.groups.dp_rank)
-        timed = [self.timed_step(system, ids) for _ in range(system.num_warm_ups + self.args.repeats)]
-        steps = timed[system.num_warm_ups :]
+        timed = [self.timed_step(system, ids) for _ in range(self.num_warm_ups(system) + self.args.repeats)]
+        steps = timed[self.num_warm_ups(system) :]
         seconds = statistics.median(step["s"] for step in steps)
         self.budget.add(tokens, max(step["s"] for step in timed[-self.args.repeats - 1 :]))
         flops = model_flops(self.shape, [tokens]) * self.groups.dp_size
@@ -143,6 +143,10 @@ class Bench:
         if self.args.profile:
             row["profile"] = self.profile(system, ids)
         return row
+
+    def num_warm_ups(self, system: System) -> int:
+        """Steps of a row that are not counted."""
+        return system.num_warm_ups if self.args.warm_ups is None else self.args.warm_ups
 
     def timed_step(self, system: System, ids: Tensor) -> Row:
         """One step between two points at which all ranks are done."""
@@ -197,7 +201,7 @@ class Bench:
 
     def has_time(self, system: System, key: str, tokens: int) -> bool:
         """Whether the first rank's clock leaves time for a row."""
-        num_steps = system.num_warm_ups + self.args.repeats + bool(self.args.profile)
+        num_steps = self.num_warm_ups(system) + self.args.repeats + bool(self.args.profile)
         allowed = torch.tensor(float(self.budget.allows(tokens, num_steps, START_S)))
         allowed = allowed.to(self.setup.device)
         if self.groups.world_size > 1:
@@ -290,6 +294,7 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--shape", choices=SHAPES, default="llama-3-8b")
     options.add_argument("--layers", type=int, help="default: the shape's")
     options.add_argument("--repeats", type=int, default=2)
+    options.add_argument("--warm-ups", type=int, help="steps before them; default: what the system needs")
     options.add_argument("--minutes", type=float, help="begin nothing that would end later")
     options.add_argument("--check-tokens", type=int, help="of the sequence that variants are checked by")
     options.add_argument("--profile", action="store_true", help="one more step a row, under the profiler")

@@ -5,10 +5,14 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from .. import __version__
+
+if TYPE_CHECKING:
+    from .config import RunConfig
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -26,8 +30,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     elif rest:
         args.overrides = [*args.overrides, *rest]
     args.launcher_args = launcher_args
-    if launcher_args and args.command != "train":
-        parser.error(f"{' '.join(launcher_args)}: words behind -- are for the launcher that `train` starts")
+    if launcher_args and args.command not in ("train", "doctor"):
+        parser.error(
+            f"{' '.join(launcher_args)}: words behind -- are for the launcher that `train` and `doctor` start"
+        )
     try:
         return args.run(args) or 0
     except (ValueError, NotImplementedError, OSError) as error:
@@ -52,9 +58,11 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     train = _config_command(commands, "train", _train, "train, or go on with a run that was stopped")
-    train.add_argument("--num-gpus", type=int, help="processes in all; the same as parallel.num_gpus=N")
-    train.add_argument("--hostfile", help="DeepSpeed hostfile, to start on several nodes")
-    train.epilog = "What stands behind -- goes to DeepSpeed's launcher."
+    doctor = _config_command(commands, "doctor", _doctor, "check that processes together compute as one does")
+    for command in (train, doctor):
+        command.add_argument("--num-gpus", type=int, help="processes in all; the same as parallel.num_gpus=N")
+        command.add_argument("--hostfile", help="DeepSpeed hostfile, to start on several nodes")
+        command.epilog = "What stands behind -- goes to DeepSpeed's launcher."
 
     _config_command(commands, "prepare", _prepare, "tokenise the data of a config, and show its lengths")
 
@@ -89,6 +97,25 @@ def _config_command(commands, name: str, run, help: str) -> argparse.ArgumentPar
 
 
 def _train(args: argparse.Namespace) -> int:
+    def work(config: RunConfig) -> int:
+        from .worker import run_worker
+
+        return run_worker(config)
+
+    return _on_processes(args, work)
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    def work(config: RunConfig) -> int:
+        from .doctor import examine
+
+        return examine(config)
+
+    return _on_processes(args, work)
+
+
+def _on_processes(args: argparse.Namespace, work: Callable[[RunConfig], int]) -> int:
+    """Do the work of one process, or start as many as the config asks for."""
     from .config_file import check_world, load_config
     from .launcher import launch, num_processes
     from .processes import is_launched
@@ -107,6 +134,7 @@ def _train(args: argparse.Namespace) -> int:
                 args.config,
                 overrides,
                 num_gpus=count,
+                command=args.command,
                 hostfile=args.hostfile,
                 launcher_args=args.launcher_args,
             )
@@ -115,9 +143,7 @@ def _train(args: argparse.Namespace) -> int:
             f"{' '.join(args.launcher_args)} behind -- is for DeepSpeed's launcher, which one process does "
             "not start; leave it out, or ask for more with --num-gpus."
         )
-    from .worker import run_worker
-
-    return run_worker(config)
+    return work(config)
 
 
 def _prepare(args: argparse.Namespace) -> None:

@@ -61,10 +61,11 @@ def launch(
     overrides: Sequence[str],
     *,
     num_gpus: int | None,
+    command: str = "train",
     hostfile: str | None = None,
     launcher_args: Sequence[str] = (),
 ) -> int:
-    """Run `longseq train` on several processes and wait for them.
+    """Run `longseq train` (or another command of a config) on several processes and wait for them.
 
     SIGTERM and SIGUSR1 are handed to the workers, which save and stop; DeepSpeed's launcher would kill them.
     Where none is on this machine, the run is asked at its store. Ctrl-C is handed on too, and ends them at
@@ -74,30 +75,31 @@ def launch(
         config_source: Preset or YAML file.
         overrides: `key=value` each.
         num_gpus: Processes in all; a hostfile says it by its slots.
+        command: What each process is told to do.
         hostfile: DeepSpeed's hostfile, for several nodes.
         launcher_args: Handed to DeepSpeed's launcher as they are.
 
     Returns:
         The exit status.
     """
-    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--no_local_rank"]
+    words = [sys.executable, "-m", "deepspeed.launcher.runner", "--no_local_rank"]
     if hostfile is not None:
         if "RANK" in os.environ:
             raise ValueError(
                 f"--hostfile {hostfile}: this process was itself started by a launcher (RANK is set), which "
                 "names the nodes; leave it out."
             )
-        command += ["--hostfile", hostfile, *master_words(hostfile, launcher_args)]
+        words += ["--hostfile", hostfile, *master_words(hostfile, launcher_args)]
     else:
         # A path that does not exist: DeepSpeed would otherwise read a hostfile of the machine's own.
-        command += ["--hostfile", os.devnull + "/none", *_which_gpus(num_gpus)]
+        words += ["--hostfile", os.devnull + "/none", *_which_gpus(num_gpus)]
     given_port = option(launcher_args, "--master_port")
     port = int(given_port or (NO_SSH_PORT if "--no_ssh" in launcher_args else free_port()))
     if given_port is None:
-        command += ["--master_port", str(port)]
+        words += ["--master_port", str(port)]
     if option(launcher_args, "--log_level") is None:
-        command += ["--log_level", "critical"]  # which worker it was and by which command: they say it better
-    command += [*launcher_args, "--module", MODULE, "train", config_source, *overrides]
+        words += ["--log_level", "critical"]  # which worker it was and by which command: they say it better
+    words += [*launcher_args, "--module", MODULE, command, config_source, *overrides]
     environment = dict(os.environ)
     if not _gpu_count():
         environment["DS_ACCELERATOR"] = "cpu"
@@ -105,7 +107,7 @@ def launch(
         environment["LOCAL_SIZE"] = str(num_gpus or 1)
     # In a session of its own: what a terminal or `timeout` sends to all would end DeepSpeed's launcher, and
     # that the workers, before they have saved.
-    process = subprocess.Popen(command, env=environment, start_new_session=True)
+    process = subprocess.Popen(words, env=environment, start_new_session=True)
     numbers = [signal.SIGTERM, signal.SIGUSR1]
     if signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:  # nohup has it ignored
         numbers.append(signal.SIGHUP)
