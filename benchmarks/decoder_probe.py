@@ -66,8 +66,11 @@ class StubAttention:
         """Output and log-sum-exp of each group's `(B, N, S, H)`, laid out as cuDNN's."""
         return map(self._forward, groups)
 
+    def send_ahead(self, groups: Iterable[tuple]) -> None:
+        """Nobody is there to send to."""
+
     def backward_groups(
-        self, groups: Iterable[tuple], options: Any, documents: Any = None
+        self, groups: Iterable[tuple], options: Any, documents: Any = None, ahead: Any = None
     ) -> Iterator[tuple]:
         """Gradients of zero, beside a workspace that is freed with each group's call."""
         return map(self._backward, groups)

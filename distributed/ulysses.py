@@ -7,7 +7,7 @@ and values go out in one exchange and the result comes back in one: two collecti
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch.distributed as dist
 from torch import Tensor
@@ -22,6 +22,10 @@ HeadsOut = tuple[Tensor, Tensor]
 """Attention's output and its log-sum-exp."""
 HeadsGrad = tuple[Tensor, Tensor, Tensor]
 """Gradients of queries, keys and values."""
+Sent = tuple[Exchange, Arriving]
+"""A group on its way to the ranks of its heads, and what will bring the result back."""
+Departure = tuple[Exchange, Arriving, Tensor | None]
+"""The same with the log-sum-exp that backward needs."""
 Leaving = tuple[Arriving, Tensor | None]
 """Tensors on their way to where their tokens are, and the log-sum-exp that stays."""
 
@@ -127,24 +131,37 @@ class UlyssesAttention:
         if self._groups.sp_size == 1:
             yield from map(alone, groups)  # which holds on to no group while the next one is made
             return
-
-        sent = ((tensors, "qkk", None) for tensors in groups)
-        for (out,), lse in self._pipeline(sent, attend):
+        for (out,), lse in _pipeline(((*self._send("qkk", *tensors), None) for tensors in groups), attend):
             yield out, lse
+
+    def send_ahead(self, groups: Iterable[tuple[Tensor, Tensor, Tensor, Tensor]]) -> list[Sent] | None:
+        """Send what `backward_groups` needs beside gradients, while those are still being computed.
+
+        Args:
+            groups: Queries, keys, values and output of each group.
+
+        Returns:
+            What `backward_groups` takes as `ahead`; None where there is nobody to send to.
+        """
+        if self._groups.sp_size == 1:
+            return None
+        return [self._send("qkkq", *tensors) for tensors in groups]
 
     def backward_groups(
         self,
         groups: Iterable[tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]],
         options: AttentionOptions,
         document_offsets: Tensor | Documents | None = None,
+        ahead: Sequence[Sent] | None = None,
     ) -> Iterator[HeadsGrad]:
         """Gradients of groups of heads; two collectives each, overlapped likewise.
 
         Args:
             groups: Of each group the gradient of its output, its queries, keys and values, and the output and
-                log-sum-exp that `forward_groups` gave.
+                log-sum-exp that `forward_groups` gave. With `ahead`, gradient and log-sum-exp alone.
             options: The same options.
             document_offsets: The same documents.
+            ahead: From `send_ahead`.
 
         Yields:
             Gradients of this rank's queries, keys and values of a group.
@@ -154,46 +171,49 @@ class UlyssesAttention:
             return attention_backward(*tensors, options, document_offsets)
 
         def attend(exchange: Exchange, tensors: tuple[Tensor, ...], lse: Tensor | None) -> Leaving:
+            if early:
+                tensors = (*early.popleft()[1].wait(), *tensors)
             query, key, value, out, grad_out = tensors
             grads = alone((grad_out, query, key, value, out, lse))
             return exchange.start_to_tokens("qkk", *grads), None
 
+        def departures() -> Iterator[Departure]:
+            for index, (grad_out, *tensors, lse) in enumerate(groups):
+                if ahead is None:
+                    yield *self._send("qkkqq", *tensors, grad_out), lse
+                else:
+                    exchange = ahead[index][0]
+                    yield exchange, exchange.start_to_heads("q", grad_out), lse
+
         if self._groups.sp_size == 1:
             yield from map(alone, groups)
             return
-
-        sent = (
-            ((query, key, value, out, grad_out), "qkkqq", lse)
-            for grad_out, query, key, value, out, lse in groups
-        )
-        for grads, _ in self._pipeline(sent, attend):
+        early = deque(ahead or ())
+        for grads, _ in _pipeline(departures(), attend):
             yield grads
 
-    def _pipeline(
-        self, sent: Iterable[tuple[tuple[Tensor, ...], str, Tensor | None]], attend: Callable
-    ) -> Iterator[tuple[tuple[Tensor, ...], Tensor | None]]:
-        """Send each group while the one before attends, and let that return while this one does."""
-        coming = self._departures(sent)
-        here = next(coming, None)
-        leaving: deque[Leaving] = deque()
-        while here is not None:
-            exchange, arriving, lse = here
-            tensors = arriving.wait()
-            here = next(coming, None)  # on its way before this group's attention is started
-            del arriving
-            leaving.append(attend(exchange, tensors, lse))
-            del tensors, lse
-            if len(leaving) > 1:
-                yield _arrived(*leaving.popleft())
-        if leaving:
-            yield _arrived(*leaving.popleft())
+    def _send(self, kinds: str, *tensors: Tensor) -> Sent:
+        exchange = self._exchange(self.plan(tensors[0].shape[1], tensors[1].shape[1]))
+        return exchange, exchange.start_to_heads(kinds, *tensors)
 
-    def _departures(
-        self, sent: Iterable[tuple[tuple[Tensor, ...], str, Tensor | None]]
-    ) -> Iterator[tuple[Exchange, Arriving, Tensor | None]]:
-        for tensors, kinds, lse in sent:
-            exchange = self._exchange(self.plan(tensors[0].shape[1], tensors[1].shape[1]))
-            yield exchange, exchange.start_to_heads(kinds, *tensors), lse
+
+def _pipeline(
+    departures: Iterator[Departure], attend: Callable[[Exchange, tuple[Tensor, ...], Tensor | None], Leaving]
+) -> Iterator[tuple[tuple[Tensor, ...], Tensor | None]]:
+    """Send each group before the one ahead of it attends, and let that return while this one does."""
+    here = next(departures, None)
+    leaving: deque[Leaving] = deque()
+    while here is not None:
+        exchange, arriving, lse = here
+        here = next(departures, None)  # what it takes to make the next group runs beside this exchange
+        tensors = arriving.wait()
+        del arriving
+        leaving.append(attend(exchange, tensors, lse))
+        del tensors, lse
+        if len(leaving) > 1:
+            yield _arrived(*leaving.popleft())
+    if leaving:
+        yield _arrived(*leaving.popleft())
 
 
 def _arrived(arriving: Arriving, lse: Tensor | None) -> tuple[tuple[Tensor, ...], Tensor | None]:

@@ -126,6 +126,19 @@ class AttentionHalf:
         else:
             attended_grad.copy_(self._output.backward(attended, grad, sums))
 
+    def send_ahead(
+        self, projected: ProjectedHeads, positions: Positions, attended: Tensor, num_groups: int
+    ) -> Any:
+        """Send what is kept of attention to the ranks that share a sequence, for `attend_backward`."""
+        heads = self._projections.heads.group(num_groups)
+        return self._attention.send_ahead(
+            (
+                *projected.group(index, num_groups),
+                positions.heads_first(attended[:, columns(index, heads.widths[0])], heads.num_heads),
+            )
+            for index in range(num_groups)
+        )
+
     def attend_backward(
         self,
         projected: ProjectedHeads,
@@ -136,6 +149,7 @@ class AttentionHalf:
         grad: Tensor,
         attended_grad: Tensor | None,
         sums: WeightSums,
+        ahead: Any = None,
     ) -> None:
         """From the gradient of `h` to those of queries, keys and values, which stay with `projected`."""
         heads = self._projections.heads.group(num_groups)
@@ -148,15 +162,18 @@ class AttentionHalf:
                 group_grad = self._output.input_grad(grad.to(self._dtype), columns=group)
             else:
                 group_grad = attended_grad[:, group]
+            group_grad = positions.heads_first(group_grad, heads.num_heads)
+            if ahead is not None:
+                return group_grad, log_sums[index]
             return (
-                positions.heads_first(group_grad, heads.num_heads),
+                group_grad,
                 *projected.group(index, num_groups),
                 positions.heads_first(attended[:, group], heads.num_heads),
                 log_sums[index],
             )
 
         found = self._attention.backward_groups(
-            map(of_group, range(num_groups)), self._options, positions.documents
+            map(of_group, range(num_groups)), self._options, positions.documents, ahead
         )
         for index, grads in enumerate(found):
             projected.put_grads(index, grads, sums)

@@ -116,7 +116,7 @@ class StreamedLayer:
         """Gradient of the input into `out` (which may be `grad`), and the weights'."""
         attention, mlp = self._halves(call)
         sums = WeightSums(params)
-        hidden, projected, attended = kept.input, None, kept.attended
+        hidden, projected, attended, ahead = kept.input, None, kept.attended, None
         num_groups = self._groups_of_backward(call, kept)
         if attended is None:
             projected = attention.project(hidden, call.positions, num_groups, call.tiles, keep_normed=True)
@@ -131,6 +131,8 @@ class StreamedLayer:
                 projected = attention.project(
                     hidden, call.positions, num_groups, call.tiles, saved=kept.projected
                 )
+                # The MLP half does not need the links between GPUs: what is known is sent beside it.
+                ahead = attention.send_ahead(projected, call.positions, attended.whole(), num_groups)
         attended_grad = attention.new_attended_grad(grad.shape[0], grad.device)
         for tile in call.tiles:
             if kept.joined is None:
@@ -154,6 +156,7 @@ class StreamedLayer:
             out,
             attended_grad,
             sums,
+            ahead,
         )
         kept.release_log_sums()
         for tile in call.tiles:

@@ -457,8 +457,8 @@ def test_the_stub_takes_what_was_measured_of_the_kernel(decoder, kernel: str, me
     query = torch.empty(1, 131072, 32, 128, dtype=torch.bfloat16, device="meta").transpose(1, 2)
     key = torch.empty(1, 131072, 8, 128, dtype=torch.bfloat16, device="meta").transpose(1, 2)
     stub = decoder["decoder_probe"].StubAttention(kernel)
-    out, lse = stub.forward(query, key, key, None)
-    grads = stub.backward(out, query, key, key, out, lse, None)
+    [(out, lse)] = stub.forward_groups([(query, key, key)], None)
+    [grads] = stub.backward_groups([(out, query, key, key, out, lse)], None)
     assert [grad.shape for grad in grads] == [query.shape, key.shape, key.shape]
     assert [grad.stride() for grad in (out, *grads)] == [t.stride() for t in (query, query, key, key)]
     held = sum(

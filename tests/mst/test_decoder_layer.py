@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 from itertools import cycle, product
 from typing import Any
 
@@ -568,13 +569,16 @@ def test_groups_of_heads_where_memory_is_short(
 ) -> None:
     monkeypatch.setattr(layer_parts, "GROUP_ROWS", 1)
     heads: list[int] = []
-    backward = UlyssesAttention.backward
+    backward = UlyssesAttention.backward_groups
 
-    def counted(self, grad: Tensor, *args, **kwargs):
-        heads.append(grad.shape[1])
-        return backward(self, grad, *args, **kwargs)
+    def counted(self, groups: Iterable[tuple[Tensor, ...]], *args, **kwargs):
+        def noted(group: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            heads.append(group[0].shape[1])
+            return group
 
-    monkeypatch.setattr(UlyssesAttention, "backward", counted)
+        return backward(self, map(noted, groups), *args, **kwargs)
+
+    monkeypatch.setattr(UlyssesAttention, "backward_groups", counted)
     model, batch = make_model(num_hidden_layers=6), make_batch()
     assert_same_step(streamed_step(model, batch, tile_tokens=10, **options), true_step(model, batch))
     assert heads == [8 // count for count in groups for _ in range(count)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from itertools import pairwise
 from typing import Any
 
@@ -30,12 +31,31 @@ CASES: dict[str, dict[str, Any]] = {
     "layers rebuilt": {"head_groups": 2, "checkpoints": Placement(every=2, host=False)},
     "one tile": {"tile_tokens": None, "save_attention": True},
     "MLPs alone": {"checkpoints": "none"},
+    "everything saved": {"head_groups": 1, "save_attention": "all"},
+    "everything saved, two groups": {"head_groups": 2, "save_attention": "all"},
+    "norms of heads": {"head_groups": 2, "model": "qwen3"},
+    "norms of heads, a group a head": {"head_groups": 4, "model": "qwen3"},
+    "norms of heads, everything saved": {"head_groups": 2, "save_attention": "all", "model": "qwen3"},
 }
 BATCHES = ("packed", "rows")
 
 
-def make_model() -> nn.Module:
-    return tiny_llama(torch.float64, num_hidden_layers=3, num_attention_heads=8, num_key_value_heads=4)
+def make_model(family: str = "llama") -> nn.Module:
+    heads = {"num_hidden_layers": 3, "num_attention_heads": 8, "num_key_value_heads": 4}
+    if family == "llama":
+        return tiny_llama(torch.float64, **heads)
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 80, "vocab_size": VOCAB, "head_dim": 8}
+    model = Qwen3ForCausalLM(Qwen3Config(**sizes, **heads, max_position_embeddings=256))
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if type(child).__name__ == "Qwen3RMSNorm":  # float32 inside
+                norm = nn.RMSNorm(child.weight.shape[0], child.variance_epsilon)
+                setattr(parent, name, norm)
+                nn.init.uniform_(norm.weight, 0.5, 1.5)
+    return model.to(torch.float64).train()
 
 
 def make_batch(kind: str) -> dict[str, Tensor]:
@@ -55,7 +75,8 @@ def gradients(model: nn.Module) -> dict[str, Tensor]:
 def shared_case(kind: str, options: dict[str, Any], apply_first: bool = False) -> dict:
     """Loss and gradients, summed over the ranks of the sequence, of the second of two passes."""
     groups = ProcessGroups.create(2)
-    model = make_model()
+    options = dict(options)
+    model = make_model(options.pop("model", "llama"))
     changes = [
         lambda: apply_ulysses(model, groups),
         lambda: apply_mini_sequence(model, **{"tile_tokens": 10, **options}),
@@ -113,11 +134,11 @@ def outcomes() -> dict[str, list]:
 
 
 @pytest.fixture(scope="module")
-def truths() -> dict[str, tuple[Tensor, dict[str, Tensor]]]:
+def truths() -> dict[tuple[str, str], tuple[Tensor, dict[str, Tensor]]]:
     """Every document goes through the plain model alone."""
     found = {}
-    for kind in BATCHES:
-        model, batch = make_model(), make_batch(kind)
+    for family, kind in itertools.product(("llama", "qwen3"), BATCHES):
+        model, batch = make_model(family), make_batch(kind)
         offsets = batch.get("document_offsets", torch.tensor([0, 37])).tolist()
         loss = torch.zeros((), dtype=torch.float64)
         for start, stop in pairwise(offsets):
@@ -125,7 +146,7 @@ def truths() -> dict[str, tuple[Tensor, dict[str, Tensor]]]:
             labels = batch["labels"][:, start + 1 : stop]
             loss = loss + F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum") / 7
         loss.backward()
-        found[kind] = loss.detach(), gradients(model)
+        found[family, kind] = loss.detach(), gradients(model)
     return found
 
 
@@ -133,9 +154,10 @@ def truths() -> dict[str, tuple[Tensor, dict[str, Tensor]]]:
     "name", [*(f"{kind}, {name}" for name in CASES for kind in BATCHES), "packed, applied first"]
 )
 def test_ranks_get_the_gradients_of_one(
-    outcomes: dict[str, list], truths: dict[str, tuple], name: str
+    outcomes: dict[str, list], truths: dict[tuple[str, str], tuple], name: str
 ) -> None:
-    loss, grads = truths[name.partition(",")[0]]
+    kind, _, case = name.partition(", ")
+    loss, grads = truths[CASES.get(case, {}).get("model", "llama"), kind]
     for rank in outcomes[name]:
         torch.testing.assert_close(rank["loss"], loss, rtol=1e-11, atol=0)
         assert rank["grads"].keys() == grads.keys()
