@@ -4,6 +4,7 @@ torchrun --standalone --nproc-per-node 4 benchmarks/sequence_parallel.py --syste
     --lengths 65536 131072 --variants auto gpu+all host --minutes 8 --add --out DIR
 torchrun --standalone --nproc-per-node 4 benchmarks/sequence_parallel.py --system alst --add --out DIR
 python benchmarks/sequence_parallel.py --optimizer none --add --out DIR     # one GPU, without AdamW
+torchrun --nproc-per-node 4 ... --optimizer none ...     # the mean of four such, each by itself, at once
 python benchmarks/sequence_parallel.py --shape tiny --lengths 64 128        # on a CPU too
 """
 
@@ -16,6 +17,7 @@ import os
 import statistics
 import sys
 import time
+from dataclasses import replace
 from typing import Any
 
 import report
@@ -30,6 +32,7 @@ from sequence_parallel_rows import Row, Rows, disagreement
 from sequence_parallel_systems import Ours, Setup, System
 from torch import Tensor
 
+from longseq.distributed import ProcessGroups
 from longseq.launch.flops import ModelShape, model_flops
 from longseq.launch.processes import join, leave, set_up_logging
 
@@ -43,8 +46,15 @@ CHECK_TOKENS = {"llama-3-8b": 2048, "tiny": 96}
 class Bench:
     """Measures a launch's variants; every rank has the same rows, and the first one writes them."""
 
-    def __init__(self, args: argparse.Namespace, setup: Setup, counter: CollectiveCounter) -> None:
+    def __init__(
+        self,
+        args: argparse.Namespace,
+        setup: Setup,
+        counter: CollectiveCounter,
+        everyone: ProcessGroups,
+    ) -> None:
         self.args, self.setup, self.groups, self.counter = args, setup, setup.groups, counter
+        self.everyone = everyone
         self.shape = ModelShape.from_hf_config(setup.config)
         self.budget = Budget(args.minutes, lambda num_tokens: model_flops(self.shape, [num_tokens]))
         facts: Row = {
@@ -137,6 +147,7 @@ class Bench:
             "loss": timed[0]["loss"],
             "norm": timed[0]["norm"],
             **self.exchanged(system, tokens),
+            "at once": self.everyone.world_size // self.groups.world_size,
             "collectives": dict(self.counter.calls),
             "collective GiB": {name: size / 2**30 for name, size in self.counter.num_bytes.items()},
         }
@@ -155,7 +166,7 @@ class Bench:
         if on_gpu:
             torch.cuda.reset_peak_memory_stats()
             torch.cuda.synchronize()
-        self.groups.barrier()
+        self.everyone.barrier()
         if on_gpu:
             torch.cuda.synchronize()
         started = time.perf_counter()
@@ -170,6 +181,8 @@ class Bench:
         slowest = torch.tensor(list(mine.values()), dtype=torch.float64, device=self.setup.device)
         if self.groups.world_size > 1:
             dist.all_reduce(slowest, dist.ReduceOp.MAX)
+        elif self.everyone.world_size > 1:
+            slowest = self.everyone.all_sum(slowest) / self.everyone.world_size  # each is its own measurement
         return {**dict(zip(mine, slowest.tolist(), strict=True)), "loss": loss, "norm": system.norm(norm)}
 
     def exchanged(self, system: System, tokens: int) -> Row:
@@ -204,7 +217,7 @@ class Bench:
         num_steps = self.num_warm_ups(system) + self.args.repeats + bool(self.args.profile)
         allowed = torch.tensor(float(self.budget.allows(tokens, num_steps, START_S)))
         allowed = allowed.to(self.setup.device)
-        if self.groups.world_size > 1:
+        if self.everyone.world_size > 1:
             dist.broadcast(allowed, 0)
         if not allowed:
             self.leave_out(key, [tokens], "no time left")
@@ -307,20 +320,16 @@ def main(arguments: list[str] | None = None) -> None:
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     if not torch.cuda.is_available() and args.shape != "tiny":
         raise SystemExit("A model of this size needs a CUDA GPU; on a CPU give --shape tiny.")
-    if args.optimizer == "none" and world_size > 1:
-        raise SystemExit(f"--optimizer none is for one process, and there are {world_size}.")
-    try:
-        for key in args.variants or ():
-            SYSTEMS[args.system].named(key)
-    except ValueError as error:
-        raise SystemExit(str(error)) from None
     counter = CollectiveCounter()
     counter.install()
     use_zero = args.optimizer != "none"
-    groups, device = join(args.sp or world_size, use_deepspeed=use_zero)
+    groups, device = join(args.sp or (world_size if use_zero else 1), use_deepspeed=use_zero)
+    everyone = groups
+    if not use_zero:  # each process is one GPU by itself
+        groups = replace(groups, world_size=1, sp_size=1, sp=None)
     set_up_logging(groups.is_main)
     num_layers = args.layers or NUM_LAYERS[args.shape]
-    bench = Bench(args, Setup(args.shape, num_layers, groups, device, use_zero), counter)
+    bench = Bench(args, Setup(args.shape, num_layers, groups, device, use_zero), counter, everyone)
     bench.run()
     if groups.is_main:
         bench.rows.write(show=True)

@@ -21,7 +21,8 @@ NOTE = """One training step: forward, backward and fused AdamW under ZeRO-3, bfl
 `sp` GPUs, random weights and tokens, all learning rates zero (the work is the same, and each step's numbers
 are the first one's). Seconds are the slowest rank's, the median of the repeats; peaks are the largest of all
 ranks and have weights, gradients and optimizer in them. Without ZeRO ("none") one GPU holds all weights and
-gradients and runs forward and backward alone. "Model TFLOP/s" counts causal attention once and nothing that
+gradients and runs forward and backward alone; "at once" is how many such ran beside each other, whose mean
+it is. "Model TFLOP/s" counts causal attention once and nothing that
 is recomputed. "KiB/token" is the slope of the peak from the variant's next shorter length, by tokens of a
 rank. "All-to-all MiB a layer" is what a rank sends to others in a step, counted, and "predicted" the formula.
 
@@ -147,7 +148,8 @@ def disagreement(row: Row, truth: Row, whose: str) -> str | None:
 
 def tables(rows: list[Row]) -> list[tuple[str, list[Row]]]:
     """A table a length, one of scaling, and one of where the time goes."""
-    columns = ["system", "key", "optimizer", "gpus", "sp", "s", "tokens/s", "model TFLOP/s a GPU"]
+    columns = ["system", "key", "optimizer", "gpus", "sp", "at once", "s"]
+    columns += ["tokens/s", "model TFLOP/s a GPU"]
     columns += ["peak GiB", "reserved GiB", "KiB/token", "host GiB", "all-to-all MiB a layer", "predicted"]
     columns += ["loss", "norm", "note"]
     found = []

@@ -80,7 +80,8 @@ def _errors(truth: list[Tensor], found: list[Tensor]) -> list[float]:
 
 
 def make_engine(groups: ProcessGroups, stage: int, options: dict[str, Any]) -> Engine:
-    model = tiny_llama(torch.bfloat16 if stage else torch.float32).to(DEVICE)
+    heads = {"hidden_size": 128, "num_attention_heads": 8, "num_key_value_heads": 4}
+    model = tiny_llama(torch.bfloat16 if stage else torch.float32, **heads).to(DEVICE)
     apply_ulysses(model, groups)
     apply_mini_sequence(model, tile_tokens=10, **options)
     optimizer = torch.optim.AdamW(model.parameters())
