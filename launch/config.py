@@ -133,8 +133,8 @@ class SequenceConfig(Section):
     head_groups: Count | Literal["auto"] = "auto"
     """Groups of key/value heads that a streamed layer's attention runs in, one after the other."""
     save_attention: Literal["none", "auto", "gpu", "host", "all"] = "none"
-    """Keep attention's output of streamed layers, which spares its second forward: `auto`, of as many as
-    there is room for; `all`, on the GPU with queries, keys and values, which spares their projections too."""
+    """Keep attention's output of streamed layers, which spares its second forward: `auto`, as much as there
+    is room for; `all`, on the GPU with queries, keys and values, which spares their projections too."""
     loss: Literal["cce", "mini_sequence", "logits"] = "cce"
     """LM head: cut cross-entropy, the head itself tile by tile, or the full logits (small runs only)."""
     loss_memory_mib: Count | None = None

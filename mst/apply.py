@@ -61,7 +61,7 @@ def apply_mini_sequence(
             to the model's own setting.
         save_attention: Keep attention's output and log-sum-exp too, which spares its second forward for 8 KiB
             a token and layer of a Llama-3-8B: of every layer "gpu" or "host", of the last so many layers on
-            the GPU (a number), or True, of as many as there is room for. "all" keeps queries, keys, values
+            the GPU (a number), or True, as much as there is room for. "all" keeps queries, keys, values
             and the sum behind attention too, 28 KiB in all, and runs no product before the MLP again.
         loss: "cce" (cut cross-entropy), "mini_sequence" (the head itself, tile by tile) or "logits" (as
             it was).

@@ -323,7 +323,8 @@ def chooser(inputs, attention, *, gpu: int, host: int, monkeypatch: pytest.Monke
 
 
 ON_GPU = SimpleNamespace(device=torch.device("cuda"), shape=(1024, 512), nbytes=2**20, itemsize=2)
-"""What a chooser looks at of `(1024, 512)` in bfloat16. Attention's output beside it is 9 / 8 as large."""
+"""What a chooser looks at of `(1024, 512)` in bfloat16. Attention's output beside it is 9 / 8 as large, and with all that
+can be kept it is 41 / 8."""
 
 
 @pytest.mark.parametrize(
@@ -337,6 +338,8 @@ ON_GPU = SimpleNamespace(device=torch.device("cuda"), shape=(1024, 512), nbytes=
         (("gpu", "auto"), (15, 99), Places(ALL_ON_GPU, SavedAttention(4, host=True))),
         (("host", "auto"), (2, 99), Places(Placement(1), SavedAttention(0, host=True))),
         (("host", "auto"), (0, 0), Places(Placement(1), SavedAttention())),
+        (("gpu", "auto"), (61, 99), Places(ALL_ON_GPU, SavedAttention(10, host=True))),
+        (("gpu", "auto"), (62, 0), Places(ALL_ON_GPU, SavedAttention(10, everything=True))),
         (("auto", SavedAttention(2)), (12, 0), Places(Placement(9, every=1), SavedAttention(2))),
         (("auto", "auto"), (30, 0), Places(Placement(10, host=False), SavedAttention(10, host=True))),
     ],
