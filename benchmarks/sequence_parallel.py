@@ -132,7 +132,10 @@ class Bench:
     def measure(self, system: System, tokens: int) -> Row:
         """One row's numbers, the same on all ranks: of times and peaks the largest."""
         free()
-        ids = draw_tokens(self.setup, tokens, self.groups.dp_rank)
+        if isinstance(system, Alst):
+            system.forget()
+        # GPUs by themselves take the same sequence: their losses are compared with other rows'.
+        ids = draw_tokens(self.setup, tokens, self.groups.dp_rank if self.setup.use_zero else 0)
         timed = [self.timed_step(system, ids) for _ in range(self.num_warm_ups(system) + self.args.repeats)]
         steps = timed[self.num_warm_ups(system) :]
         seconds = statistics.median(step["s"] for step in steps)
@@ -233,8 +236,8 @@ class Bench:
     def guarded(self, row: Row, work: Any) -> Row | None:
         """What `work` finds; a failure is the row's note.
 
-        Under ZeRO a rank that fails leaves the others waiting and the engine half way through a step: the
-        launch ends. The row is there before its work, for a process that is killed.
+        Of several processes one that fails leaves the others waiting, and under ZeRO the engine half way
+        through a step: the launch ends. The row is there before its work, for a process that is killed.
         """
         earlier = self.rows.find(row)
         self.rows.keep({**row, "note": UNFINISHED})
@@ -253,7 +256,7 @@ class Bench:
             return numbers
         print(f"rank {self.groups.rank}: {row['key']} at {row['tokens']:,}: {note}", flush=True)
         self.rows.keep({**row, "note": note})
-        if self.setup.use_zero:
+        if self.everyone.world_size > 1:
             time.sleep(3 * self.groups.rank)  # the first rank writes, unless it waits for this one
             if self.rows.note_in_file(row) == UNFINISHED:  # else it was another rank that failed first
                 self.rows.write()
@@ -317,6 +320,11 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: list[str] | None = None) -> None:
     args = parser().parse_args(arguments)
+    try:
+        for key in args.variants or ():
+            SYSTEMS[args.system].named(key)
+    except ValueError as error:
+        raise SystemExit(str(error)) from error
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     if not torch.cuda.is_available() and args.shape != "tiny":
         raise SystemExit("A model of this size needs a CUDA GPU; on a CPU give --shape tiny.")

@@ -99,15 +99,15 @@ class Alst(System):
         """As `System.around`."""
         return kernel_of_sdpa(self.setup.device, self._kernel)
 
-    def clear(self) -> None:
-        """As `System.clear`."""
-        super().clear()
+    def forget(self) -> None:
+        """Let go of the pinned buffers: they are one pool for all steps of a length."""
         if isinstance(self._around, anchors.AlstOffload):
             self._around.forget()
 
     def _step(self, ids: Tensor) -> tuple[float, float | None]:
         groups, device = self.setup.groups, self.setup.device
         batch = shard_batch({"input_ids": ids, "labels": ids}, groups)
+        del batch["document_offsets"]  # of one document: its own attention is causal as it is
         batch = {name: tensor.to(device) for name, tensor in batch.items()}
         with self._around():
             loss = self.engine(**batch, loss_scale=groups.sp_size / (ids.shape[1] - 1))

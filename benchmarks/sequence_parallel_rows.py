@@ -28,7 +28,9 @@ rank. "All-to-all MiB a layer" is what a rank sends to others in a step, counted
 
 A variant whose loss or gradient norm on a short sequence is not that of transformers' own layers, with the
 whole sequence on each rank, or whose loss at a length is not that of the row that was there first, has no
-numbers. Both systems have the same weights."""
+numbers. Both systems have the same weights. Each has its own settings of ZeRO-3: ALST the sizes that Hugging
+Face's "auto" gives (it gathers weight by weight), ours those of `distributed/zero_config.py` (layers whole,
+the next one under this one's computing)."""
 
 
 class Rows:

@@ -7,6 +7,7 @@ import logging
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from .attention_kernels import Documents
@@ -67,10 +68,10 @@ class UlyssesHandle:
         self._causal_lm = causal_lm
         self._earlier = config._attn_implementation
         self._layers = layers
+        causal_lm.set_attn_implementation(ATTENTION_NAME)
         for layer, window in zip(self._layers, windows, strict=True):
             layer.longseq_attention = attention
             layer.longseq_window = window
-        causal_lm.set_attn_implementation(ATTENTION_NAME)
         self._hook = causal_lm.register_forward_pre_hook(_InputCheck(groups), with_kwargs=True)
 
     def undo(self) -> None:
@@ -89,6 +90,7 @@ class _InputCheck:
 
     def __init__(self, groups: ProcessGroups) -> None:
         self._groups = groups
+        self._seen_shapes: set[torch.Size] = set()
 
     def __call__(
         self, module: nn.Module, args: tuple, kwargs: dict[str, Any]
@@ -124,17 +126,26 @@ class _InputCheck:
             )
         if position_ids is None:
             raise ValueError("position_ids= are needed where ranks share a sequence; shard_batch makes them.")
-        if given.get("document_offsets") is None:
-            # A document that begins in this shard is known to the other ranks by its offsets alone.
-            length = position_ids.shape[-1]
-            first = self._groups.sp_rank * length
-            wanted = torch.arange(first, first + length, device=position_ids.device)
-            if not (position_ids == wanted).all():
-                raise ValueError(
-                    f"position_ids of rank {self._groups.sp_rank} of the sequence do not run from {first} to "
-                    f"{first + length - 1}; pass the document_offsets of the whole sequence, as shard_batch "
-                    "makes them."
-                )
+        if given.get("document_offsets") is None and position_ids.shape not in self._seen_shapes:
+            self._check_positions(position_ids)
+            self._seen_shapes.add(position_ids.shape)
+
+    def _check_positions(self, position_ids: Tensor) -> None:
+        """Once for each shape: it is waited for, by every rank of the sequence, so that all raise alike.
+
+        A document that begins in one shard is known to the other ranks by its offsets alone.
+        """
+        length = position_ids.shape[-1]
+        first = self._groups.sp_rank * length
+        wanted = torch.arange(first, first + length, device=position_ids.device)
+        num_wrong = (position_ids != wanted).sum()
+        dist.all_reduce(num_wrong, group=self._groups.sp)
+        if num_wrong:
+            raise ValueError(
+                f"position_ids of rank {self._groups.sp_rank} of the sequence, or of another one, do not run "
+                f"from {first} to {first + length - 1}; pass the document_offsets of the whole sequence, as "
+                "shard_batch makes them."
+            )
 
 
 def _attention_layers(causal_lm: nn.Module) -> list[nn.Module]:

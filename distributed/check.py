@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -48,7 +50,11 @@ class SequenceCheck:
 
 
 def compare_with_one_rank(
-    model: nn.Module, groups: ProcessGroups, batch: dict[str, Tensor], tolerance: float | None = None
+    model: nn.Module,
+    groups: ProcessGroups,
+    batch: dict[str, Tensor],
+    tolerance: float | None = None,
+    apply: Callable[[nn.Module], Callable[[], None]] | None = None,
 ) -> SequenceCheck:
     """Run a plain model on a whole batch, and again with the batch spread over the ranks of a sequence.
 
@@ -60,6 +66,8 @@ def compare_with_one_rank(
         groups: The process groups.
         batch: `input_ids` and unshifted `labels` `(B, L)`, perhaps `document_offsets`.
         tolerance: Relative difference that counts as the same; None takes 1e5 roundings of the model's dtype.
+        apply: What is put on the model beside `apply_ulysses`, such as mini-sequences (with `loss="logits"`);
+            it returns what takes it off again.
 
     Raises:
         ValueError: As `apply_ulysses` and `shard_batch`.
@@ -67,12 +75,11 @@ def compare_with_one_rank(
     if tolerance is None:
         tolerance = ROUNDINGS * torch.finfo(next(model.parameters()).dtype).eps
     wanted_loss, wanted = _loss_and_grads(model, _documents(batch))
-    handle = apply_ulysses(model, groups)
-    try:
-        shard = shard_batch(batch, groups)
-        loss, grads = _loss_and_grads(model, [shard])
-    finally:
-        handle.undo()
+    with ExitStack() as applied:
+        applied.callback(apply_ulysses(model, groups).undo)
+        if apply is not None:
+            applied.callback(apply(model))
+        loss, grads = _loss_and_grads(model, [shard_batch(batch, groups)])
     count = (shift_labels(batch["labels"], batch.get("document_offsets")) != IGNORE_INDEX).sum().clamp(min=1)
     if groups.sp_size > 1:
         for tensor in (loss, *grads.values()):

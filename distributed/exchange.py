@@ -62,12 +62,15 @@ class Arriving(Generic[Found]):
     """Tensors on their way, outside of autograd: the exchange runs beside what is started after it."""
 
     def __init__(self, received: Tensor, work: Any, unpack: Callable[[Tensor], Found]) -> None:
-        self._received, self._work, self._unpack = received, work, unpack
+        self._coming: tuple[Tensor, Any, Callable[[Tensor], Found]] | None = (received, work, unpack)
 
     def wait(self) -> Found:
-        """The tensors; what is started from here on waits for them (the host does not)."""
-        self._work.wait()
-        return self._unpack(self._received)
+        """The tensors, once; what is started from here on waits for them (the host does not)."""
+        assert self._coming is not None
+        received, work, unpack = self._coming
+        self._coming = None  # who holds this holds no memory any more
+        work.wait()
+        return unpack(received)
 
 
 def as_wide(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -81,8 +84,7 @@ def as_wide(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
 
 
 def _is_crooked(tensor: Tensor) -> bool:
-    strides = [step for step, size in zip(tensor.stride()[:-1], tensor.shape[:-1], strict=True) if size > 1]
-    places = [tensor.shape[-1], tensor.storage_offset(), *strides]
+    places = [tensor.shape[-1], tensor.storage_offset(), *tensor.stride()[:-1]]
     return tensor.stride(-1) != 1 or any(place * tensor.itemsize % WIDE.itemsize for place in places)
 
 

@@ -20,8 +20,9 @@ from .sequence import shard_batch
 
 logger = logging.getLogger(__name__)
 
-NUM_WATCHED = 16
-"""Parameters whose gradients are compared; the smallest, since they are summed over the ranks once more."""
+WATCHED_OF_A_SIZE = 4
+WATCHED_ELEMENTS = 2**22
+"""Of the parameters whose gradients are compared: the smallest, since they are summed over ranks again."""
 TOLERANCE = 0.05
 """Of a measured divisor: bf16 rounds by less, and the known ones are factors of 2 apart or more."""
 TOKENS_A_RANK = 8
@@ -53,7 +54,7 @@ def measure_reducer_divisor(
     Raises:
         ReducerScaleError: It is none of these, or there was no gradient to measure it by.
     """
-    watched = sorted(params, key=_num_elements)[:NUM_WATCHED]
+    watched = _watched(params)
     sums: list[Tensor | None] = [None] * len(watched)
 
     def keep(index: int) -> Callable[[Tensor], None]:
@@ -117,6 +118,21 @@ def calibrate(engine: Engine, groups: ProcessGroups, vocab_size: int, device: to
             engine.reducer_divisor,
             expected,
         )
+
+
+def _watched(params: Iterable[nn.Parameter]) -> list[nn.Parameter]:
+    """A few of each size, from the smallest up: one half of an adapter alone has no gradient at first."""
+    by_size: dict[int, list[nn.Parameter]] = {}
+    for param in params:
+        by_size.setdefault(_num_elements(param), []).append(param)
+    watched: list[nn.Parameter] = []
+    num_elements = 0
+    for size, alike in sorted(by_size.items(), key=lambda item: item[0]):
+        if watched and num_elements + size > WATCHED_ELEMENTS:
+            break
+        watched += alike[:WATCHED_OF_A_SIZE]
+        num_elements += size * len(alike[:WATCHED_OF_A_SIZE])
+    return watched
 
 
 def _num_elements(param: nn.Parameter) -> int:

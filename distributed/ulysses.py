@@ -17,6 +17,7 @@ from .attention_kernels import AttentionOptions, Documents
 from .exchange import Arriving, Exchange
 from .groups import ProcessGroups
 from .head_plan import HeadPlan, plan_heads
+from .per_head import PerHead
 
 HeadsOut = tuple[Tensor, Tensor]
 """Attention's output and its log-sum-exp."""
@@ -92,13 +93,14 @@ class UlyssesAttention:
         if self._groups.sp_size == 1:
             return local_attention(query, key, value, **rules, sinks=sinks, alibi_slopes=alibi_slopes)
         plan = self.plan(query.shape[1], key.shape[1])
-        exchange, mine = self._exchange(plan), plan.queries.heads(self._groups.sp_rank)
+        exchange = self._exchange(plan)
+        mine = PerHead(sinks, alibi_slopes).select(plan.queries.heads(self._groups.sp_rank))
         # Between the exchanges lies the whole sequence: it stays for backward, which need not send it.
         out = local_attention(
             *exchange.to_heads("qkk", query, key, value),
             **rules,
-            sinks=None if sinks is None else sinks[mine],
-            alibi_slopes=None if alibi_slopes is None else alibi_slopes[mine],
+            sinks=mine.sinks,
+            alibi_slopes=mine.alibi_slopes,
         )
         return exchange.to_tokens("q", out)[0]
 
@@ -128,10 +130,14 @@ class UlyssesAttention:
             out, lse = alone(tensors)
             return exchange.start_to_tokens("q", out), lse
 
+        def depart(tensors: tuple[Tensor, ...]) -> Departure:
+            return *self._send("qkk", *tensors), None
+
+        # `map` holds on to no group while the next one is made.
         if self._groups.sp_size == 1:
-            yield from map(alone, groups)  # which holds on to no group while the next one is made
+            yield from map(alone, groups)
             return
-        for (out,), lse in _pipeline(((*self._send("qkk", *tensors), None) for tensors in groups), attend):
+        for (out,), lse in _pipeline(map(depart, groups), attend):
             yield out, lse
 
     def send_ahead(self, groups: Iterable[tuple[Tensor, Tensor, Tensor, Tensor]]) -> list[Sent] | None:
@@ -177,19 +183,18 @@ class UlyssesAttention:
             grads = alone((grad_out, query, key, value, out, lse))
             return exchange.start_to_tokens("qkk", *grads), None
 
-        def departures() -> Iterator[Departure]:
-            for index, (grad_out, *tensors, lse) in enumerate(groups):
-                if ahead is None:
-                    yield *self._send("qkkqq", *tensors, grad_out), lse
-                else:
-                    exchange = ahead[index][0]
-                    yield exchange, exchange.start_to_heads("q", grad_out), lse
+        def depart(group: tuple[Tensor, ...]) -> Departure:
+            grad_out, *tensors, lse = group
+            if not early:
+                return *self._send("qkkqq", *tensors, grad_out), lse
+            exchange = early[0][0]  # of one shape for all groups
+            return exchange, exchange.start_to_heads("q", grad_out), lse
 
         if self._groups.sp_size == 1:
             yield from map(alone, groups)
             return
         early = deque(ahead or ())
-        for grads, _ in _pipeline(departures(), attend):
+        for grads, _ in _pipeline(map(depart, groups), attend):
             yield grads
 
     def _send(self, kinds: str, *tensors: Tensor) -> Sent:

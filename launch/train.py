@@ -66,7 +66,7 @@ def train(config: RunConfig, groups: ProcessGroups, device: torch.device) -> Run
 def _train(config: RunConfig, groups: ProcessGroups, device: torch.device, run_dir: Path) -> RunState:
     plan = check_world(config, groups.world_size)
     checkpoints = Checkpoints(run_dir, groups, config.checkpoint.keep)
-    resume_from = choose_checkpoint(config, checkpoints)
+    resume_from = choose_checkpoint(config, checkpoints, groups)
     if resume_from is not None:
         check_same_walk(config, resume_from)
     run = _Run(config, groups, device, set_up(config, plan, groups, device), checkpoints)
@@ -124,12 +124,7 @@ class _Run:
     def loop(self, metrics: MetricsWriter) -> None:
         """Every step that is left, with evaluations and checkpoints where they are due."""
         config = self.config
-        self.state = replace(
-            self.state,
-            world_size=self.groups.world_size,
-            zero_stage=config.parallel.zero_stage,
-            data_digest=self.parts.data_digest,
-        )
+        self.state = replace(self.state, data_digest=self.parts.data_digest)
         stop = StopRequest()
         eta = EtaEstimate()
         if self._evaluator is not None and self.state.step == 0:

@@ -83,6 +83,7 @@ class AttentionHalf:
         attended = self._attention.forward_groups(groups, self._options, positions.documents)
         for index, (out, log_sum) in enumerate(attended):
             log_sums.append(log_sum)
+            projected.let_go(index)
             out = out.transpose(1, 2).flatten(2).flatten(0, 1)
             if num_groups == 1:
                 return out, log_sums

@@ -158,6 +158,7 @@ class StreamedLayer:
             sums,
             ahead,
         )
+        del ahead
         kept.release_log_sums()
         for tile in call.tiles:
             attention.project_backward(projected, tile, hidden[tile], out[tile], sums)

@@ -21,6 +21,10 @@ SPARE_SHARE = 0.08
 """Of a GPU's memory, left for what nobody counts: fragments, workspaces, the caller's own tensors."""
 WORKING_WIDTHS = 12
 """Hidden widths a token that a layer's backward takes at the most (one group of heads, Llama-3: 11)."""
+EXCHANGE_WIDTHS = 8
+"""And where ranks share a sequence: queries, keys, values, output and a gradient, sent and received."""
+NEWS = 16
+"""Times as large as the inputs that were told of, new ones are told of again."""
 TILE_BYTES = 4 * 2**30
 """What tiles, float32 sums and the LM head take at the most, whatever the length."""
 
@@ -38,13 +42,15 @@ class PlaceChooser:
     available_host: Callable[[], int] = available_host_bytes
     _host_bytes: int | None = None
     _said: Places | None = None
+    _said_bytes: int = 0
 
     def __call__(self, hidden: Tensor, attended_width: int) -> Places:
         """Places for a pass over `(B x S, D)`."""
         places = self._choose(hidden, attended_width)
-        if places != self._said:
+        # A few tokens may come first, as a trial: what is said of them is no news of a real sequence.
+        if places != self._said or hidden.nbytes > NEWS * self._said_bytes:
             self._say(places, hidden)
-            self._said = places
+            self._said, self._said_bytes = places, hidden.nbytes
         return places
 
     def _choose(self, hidden: Tensor, attended_width: int) -> Places:
@@ -102,7 +108,8 @@ class PlaceChooser:
             for param in self.model.parameters()
             if param.requires_grad and param.grad is None
         )
-        work = WORKING_WIDTHS * hidden.nbytes + TILE_BYTES
+        widths = WORKING_WIDTHS + (EXCHANGE_WIDTHS if shared_attention(self.model) is not None else 0)
+        work = widths * hidden.nbytes + TILE_BYTES
         return int(free + unused - SPARE_SHARE * total) - grads - work
 
     def _free_host_bytes(self) -> int:
@@ -120,10 +127,16 @@ def lockstep_group(model: nn.Module) -> dist.ProcessGroup | None:
     for param in model.parameters():
         if hasattr(param, "ds_process_group"):
             return param.ds_process_group
+    attention = shared_attention(model)
+    return None if attention is None else attention.group
+
+
+def shared_attention(model: nn.Module) -> UlyssesAttention | None:
+    """The attention of a sequence that several ranks share; None where each has its own."""
     for module in model.modules():
         attention = getattr(module, "longseq_attention", None)
         if isinstance(attention, UlyssesAttention):
-            return attention.group
+            return attention if attention.sp_size > 1 else None
     return None
 
 

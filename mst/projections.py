@@ -197,6 +197,11 @@ class ProjectedHeads:
             place(value, part.num_kv_heads),
         )
 
+    def let_go(self, index: int) -> None:
+        """A group has been attended to and no gradient of it will come: forget what went into its norms."""
+        self._raw.pop(("query", index), None)
+        self._raw.pop(("key", index), None)
+
     def take_room(self, attended: Tensor | None) -> None:
         """Say where gradients go: over all projections, else over attention's output, else beside it."""
         if self._all is not None and not self._projections.norms.whole:

@@ -13,7 +13,9 @@ from training_samples import packed_rows, tiny_llama
 from longseq.distributed import ProcessGroups
 from longseq.distributed.check import SequenceCheck, compare_with_one_rank
 from longseq.distributed.exchange import Exchange
-from longseq.launch.doctor import report
+from longseq.launch.config_file import parse_config
+from longseq.launch.doctor import Finding, check_sequence_parallelism, report
+from longseq.mst.families import FAMILIES
 
 # Processes are started, each of which imports PyTorch and transformers.
 pytestmark = pytest.mark.slow
@@ -67,11 +69,30 @@ def test_an_exchange_that_loses_something_is_found(outcomes: dict[str, list], wh
 
 
 def test_nan_is_not_right() -> None:
-    found = SequenceCheck(1.0, 1.0, {"weight": float("nan")}, 1e-4)
-    assert not found.is_right
-    lines = report(found, ProcessGroups())
-    assert lines[0].startswith("error: sequence parallelism")
-    assert "not a number" in lines[1]
+    right, wrong = (SequenceCheck(1.0, 1.0, {"weight": error}, 1e-4) for error in (1e-9, float("nan")))
+    assert right.is_right
+    assert not wrong.is_right
+    findings = [Finding("float64", 0, right), Finding("bfloat16", 0, right), Finding("float64", 1, wrong)]
+    first, second, advice = report(findings, ProcessGroups(0, 4, 2))
+    assert first.startswith("error: 2 of 4 processes on one sequence (float64, sequence 1 of 2)")
+    assert second.startswith("ok: 2 of 4")
+    assert "not a number" in advice
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_has_a_small_one(family: str) -> None:
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "hidden_size": 64}
+    config = parse_config(
+        {
+            "model": {"config": {"model_type": family, **heads}},
+            "data": {"tokenizer": "bytes"},
+            "sequence": {"length": 128},
+        }
+    )
+    findings = check_sequence_parallelism(config, ProcessGroups(), torch.device("cpu"))
+    assert [finding.title for finding in findings] == ["float64", "float64, streamed layers"]
+    for finding in findings:
+        assert finding.found.is_right, finding
 
 
 def test_the_command_runs_on_several_processes() -> None:
@@ -80,4 +101,8 @@ def test_the_command_runs_on_several_processes() -> None:
         [sys.executable, "-m", "longseq.launch.cli", *words], capture_output=True, text=True, timeout=200
     )
     assert found.returncode == 0, found.stderr
-    assert found.stdout.startswith("ok: sequence parallelism over 2 of 2 processes: loss ")
+    lines = found.stdout.splitlines()
+    assert [line.partition("): loss ")[0] for line in lines] == [
+        "ok: 2 of 2 processes on one sequence (float64",
+        "ok: 2 of 2 processes on one sequence (float64, streamed layers",
+    ]

@@ -323,8 +323,8 @@ def chooser(inputs, attention, *, gpu: int, host: int, monkeypatch: pytest.Monke
 
 
 ON_GPU = SimpleNamespace(device=torch.device("cuda"), shape=(1024, 512), nbytes=2**20, itemsize=2)
-"""What a chooser looks at of `(1024, 512)` in bfloat16. Attention's output beside it is 9 / 8 as large, and with all that
-can be kept it is 41 / 8."""
+"""What a chooser looks at of `(1024, 512)` in bfloat16. Attention's output beside it is 9 / 8 as large, and
+everything that can be kept 41 / 8."""
 
 
 @pytest.mark.parametrize(
