@@ -18,6 +18,7 @@ import statistics
 import sys
 import time
 from dataclasses import replace
+from datetime import datetime
 from typing import Any
 
 import report
@@ -55,6 +56,7 @@ class Bench:
     ) -> None:
         self.args, self.setup, self.groups, self.counter = args, setup, setup.groups, counter
         self.everyone = everyone
+        self.run_date = datetime.now().strftime("%Y-%m-%d %H:%M")
         self.shape = ModelShape.from_hf_config(setup.config)
         self.budget = Budget(args.minutes, lambda num_tokens: model_flops(self.shape, [num_tokens]))
         facts: Row = {
@@ -150,6 +152,7 @@ class Bench:
             "loss": timed[0]["loss"],
             "norm": timed[0]["norm"],
             **self.exchanged(system, tokens),
+            "run": self.run_date,
             "at once": self.everyone.world_size // self.groups.world_size,
             "collectives": dict(self.counter.calls),
             "collective GiB": {name: size / 2**30 for name, size in self.counter.num_bytes.items()},

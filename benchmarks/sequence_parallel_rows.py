@@ -22,8 +22,8 @@ NOTE = """One training step: forward, backward and fused AdamW under ZeRO-3, bfl
 are the first one's). Seconds are the slowest rank's, the median of the repeats; peaks are the largest of all
 ranks and have weights, gradients and optimizer in them. Without ZeRO ("none") one GPU holds all weights and
 gradients and runs forward and backward alone; "at once" is how many such ran beside each other, whose mean
-it is. "Model TFLOP/s" counts causal attention once and nothing that
-is recomputed. "KiB/token" is the slope of the peak from the variant's next shorter length, by tokens of a
+it is. "Model TFLOP/s" counts causal attention once and nothing that is recomputed. "Run" is when a launch
+began: launches of one day may have had other machines. "KiB/token" is the slope of the peak from the variant's next shorter length, by tokens of a
 rank. "All-to-all MiB a layer" is what a rank sends to others in a step, counted, and "predicted" the formula.
 
 A variant whose loss or gradient norm on a short sequence is not that of transformers' own layers, with the
@@ -153,7 +153,7 @@ def tables(rows: list[Row]) -> list[tuple[str, list[Row]]]:
     columns = ["system", "key", "optimizer", "gpus", "sp", "at once", "s"]
     columns += ["tokens/s", "model TFLOP/s a GPU"]
     columns += ["peak GiB", "reserved GiB", "KiB/token", "host GiB", "all-to-all MiB a layer", "predicted"]
-    columns += ["loss", "norm", "note"]
+    columns += ["loss", "norm", "run", "note"]
     found = []
     for tokens in sorted({row["tokens"] for row in rows}):
         of_length = [row for row in rows if row["tokens"] == tokens]

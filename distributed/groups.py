@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import TypeVar
 
 import torch.distributed as dist
 from torch import Tensor
 
 LONGEST_WAIT = timedelta(days=2)
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -96,3 +99,32 @@ class ProcessGroups:
                 store.set(f"longseq/{name}", "done")
             else:
                 store.wait([f"longseq/{name}"], LONGEST_WAIT)
+
+    def each_in_its_time(self, work: Callable[[], T], name: str) -> T:
+        """Do something on every rank that may take hours on one of them, and wait for all, at the store.
+
+        Args:
+            work: Called on every rank.
+            name: Of the work; each name is waited for once in a run.
+
+        Returns:
+            What `work` returned here.
+
+        Raises:
+            ValueError: It failed on another rank.
+        """
+        if self.world_size == 1:
+            return work()
+        store, key = dist.distributed_c10d._get_default_store(), f"longseq/{name}"
+        try:
+            result = work()
+        except Exception:
+            store.set(key, f"failed on rank {self.rank}")
+            raise
+        if store.add(f"{key}/done", 1) == self.world_size:
+            store.set(key, "done")
+        store.wait([key], LONGEST_WAIT)
+        verdict = store.get(key).decode()
+        if verdict != "done":
+            raise ValueError(f"{name}: {verdict}; look at what that says.")
+        return result

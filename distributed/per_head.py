@@ -48,11 +48,6 @@ class PerHead:
                 "alibi_slopes.detach()."
             )
 
-    @property
-    def is_empty(self) -> bool:
-        """Whether there is nothing that a head has of its own."""
-        return not self._given()
-
     def select(self, heads: slice) -> PerHead:
         """Those of some query heads: of a rank, or of a group of heads."""
         return PerHead(**{name: value[heads] for name, value in self._given()})

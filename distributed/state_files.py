@@ -41,8 +41,11 @@ DTYPES = {
     torch.int8: "I8",
     torch.uint8: "U8",
     torch.bool: "BOOL",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
 }
 """What safetensors calls them."""
+ANOTHER_MODEL = "Set model.* as its own config (config.yaml beside it) does, or set another log.run_dir."
 NUMBERS = (bool, int, float, str, type(None))
 
 
@@ -114,6 +117,9 @@ def write_pieces(
         pieces: What this rank owns.
         num_files: How many files the checkpoint has.
         buffers: Buffers of the model; one file of a checkpoint has them.
+
+    Raises:
+        ValueError: A tensor of a dtype that safetensors has no name for; no file is written.
     """
     tensors, entries, scalars = dict(buffers or {}), {}, {}
     for piece in pieces:
@@ -149,6 +155,11 @@ def _write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict
     header: dict[str, Any] = {"__metadata__": metadata}
     end = 0
     for key, tensor in ordered:
+        if tensor.dtype not in DTYPES:
+            raise ValueError(
+                f"{key} is {tensor.dtype}; checkpoints hold {', '.join(DTYPES.values())}. Keep it in one of "
+                "these, or register the buffer with persistent=False."
+            )
         begin, end = end, end + tensor.nbytes
         header[key] = {
             "dtype": DTYPES[tensor.dtype],
@@ -197,7 +208,9 @@ class SavedState:
                 self._add(path, json.loads(metadata[INDEX]))
         if not self._num_there:
             raise ValueError(
-                f"{folder} holds no engine's checkpoint: there is no *.safetensors of one in it."
+                f"{folder} holds no engine's checkpoint: there is no *.safetensors of one in it. Bring them "
+                "back, move the checkpoint away to go on from the one before it, or train into another "
+                "log.run_dir."
             )
 
     def _add(self, path: Path, index: dict[str, Any]) -> None:
@@ -239,16 +252,16 @@ class SavedState:
         there, wanted = {*self.shapes, *self._buffers}, {*shapes, *buffers}
         missing, unexpected = sorted(wanted - there), sorted(there - wanted)
         if missing or unexpected:
-            what = "is not whole" if self._lost_files() else "is of another model"
+            lost = self._lost_files()
             raise ValueError(
-                f"{self._folder} {what}: missing {missing[:3]}, unexpected {unexpected[:3]}."
-                f"{self._lost_files()}"
+                f"{self._folder} {'is not whole' if lost else 'is of another model'}: missing {missing[:3]}, "
+                f"unexpected {unexpected[:3]}.{lost or ' ' + ANOTHER_MODEL}"
             )
         for name, shape in shapes.items():
             if self.shapes[name] != tuple(shape):
                 raise ValueError(
                     f"{self._folder} is of another model: {name} has shape {self.shapes[name]} there and "
-                    f"{tuple(shape)} here."
+                    f"{tuple(shape)} here. {ANOTHER_MODEL}"
                 )
             for state in self._pieces[name]:
                 self._check_whole(name, state)
@@ -278,7 +291,11 @@ class SavedState:
     def _lost_files(self) -> str:
         if self._num_there == self._num_files:
             return ""
-        return f" It was written as {self._num_files} files and {self._num_there} are there; bring them back."
+        fewer = self._num_there < self._num_files
+        return (
+            f" It was written as {self._num_files} files and {self._num_there} are there; "
+            f"{'bring the others back' if fewer else 'remove those that are not of it'}."
+        )
 
     def read_into(self, out: Tensor, parameter: str, state: str, start: int) -> None:
         """Fill a flat tensor, of any dtype and device, with a parameter's elements from `start` on."""
@@ -330,8 +347,3 @@ def load_buffers(module: nn.Module, saved: SavedState) -> None:
     """Bring a model's persistent buffers back."""
     for name, buffer in persistent_buffers(module).items():
         buffer.copy_(saved.buffer(name))
-
-
-def consolidated_weights(folder: Path) -> dict[str, Tensor]:
-    """The float32 weights that an engine saved into a folder, and the buffers, on the CPU."""
-    return dict(SavedState(folder).weights())

@@ -9,6 +9,7 @@ changed: optimizer, schedule, clipping, checkpoints, logging, DDP and DeepSpeed 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -44,6 +45,7 @@ class SequenceParallelMixin:
 
     def __init__(self, *args: Any, groups: ProcessGroups, **kwargs: Any) -> None:
         self.sequence_groups = groups
+        self._train_samples = 0  # of an epoch; 0 where that is not known
         super().__init__(*args, **kwargs)
         self._check_settings()
         # The loss that `compute_loss` returns is divided by the tokens of the whole step already.
@@ -89,7 +91,9 @@ class SequenceParallelMixin:
 
     def get_train_dataloader(self) -> Any:
         """The Trainer's, dealt out to sequences instead of ranks; so are the next two."""
-        return self._dealt_to_sequences(super().get_train_dataloader())
+        loader = super().get_train_dataloader()
+        self._train_samples = self._samples_of_an_epoch(loader)
+        return self._dealt_to_sequences(loader)
 
     def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> Any:
         return self._dealt_to_sequences(super().get_eval_dataloader(*args, **kwargs))
@@ -104,6 +108,7 @@ class SequenceParallelMixin:
         # accelerate wraps one of the two in a class that picks a process's share.
         for share in (getattr(loader, "batch_sampler", None), getattr(loader, "dataset", None)):
             if hasattr(share, "num_processes") and hasattr(share, "process_index"):
+                _seed_workers_by(groups.dp_rank, loader)
                 share.num_processes, share.process_index = groups.dp_size, groups.dp_rank
                 if groups.dp_size == 1:
                     share.even_batches = False  # one process would not fill its last batch up either
@@ -112,6 +117,14 @@ class SequenceParallelMixin:
             f"{type(loader).__name__} cannot be dealt out to sequences; take a dataset with a length, or an "
             "iterable one of torch's with accelerator_config={'dispatch_batches': False}."
         )
+
+    def _samples_of_an_epoch(self, loader: Any) -> int:
+        """What is drawn of a dataset is for its sampler to say: it may take some rows, or some twice."""
+        of_all_ranks = getattr(loader.batch_sampler, "batch_sampler", None)
+        try:
+            return len(getattr(of_all_ranks, "sampler", self.train_dataset))
+        except TypeError:  # a sampler or a dataset without a length
+            return 0
 
     def get_total_train_batch_size(self, args: Any) -> int:
         """Sequences of an optimizer step."""
@@ -174,13 +187,20 @@ class SequenceParallelMixin:
 
     def _rows_left_over(self) -> int:
         """Rows of an epoch that do not fill a batch of every sequence; 0 where that is not known."""
-        if self.args.dataloader_drop_last or not hasattr(self.train_dataset, "__len__"):
+        if self.args.dataloader_drop_last:
             return 0
-        return len(self.train_dataset) % (self._train_batch_size * self.sequence_groups.dp_size)
+        return self._train_samples % (self._train_batch_size * self.sequence_groups.dp_size)
 
     def _without_repeats(self, batch: Mapping[str, Any], batch_size: int, left_over: int) -> dict[str, Any]:
         """Take the labels from rows that accelerate put in twice, to fill the ranks' last batches up."""
         batch = dict(batch)
+        missing = [name for name in ("input_ids", "labels") if name not in batch]
+        if missing:
+            raise ValueError(
+                f"a batch has no {' and no '.join(missing)}, only {sorted(batch)}: the loss is made of both. "
+                "Take a collator that makes labels: data_collator=DataCollatorForLanguageModeling(tokenizer, "
+                "mlm=False)."
+            )
         groups, rows = self.sequence_groups, batch["labels"].shape[0]
         is_last = self.accelerator.gradient_state.end_of_dataloader
         if groups.dp_size > 1 and is_last and left_over > 0 and rows == batch_size:
@@ -230,6 +250,7 @@ class SequenceParallelMixin:
             )
         left_over = self.accelerator.gradient_state.remainder
         inputs = self._without_repeats(self._prepare_inputs(inputs), self.args.eval_batch_size, left_over)
+        self._require_same_samples([inputs], self.args.device)
         with torch.no_grad(), self.compute_loss_context_manager():
             nll_sum, count, _ = self._summed_nll(model, inputs)
         totals = torch.stack([nll_sum.double(), count.double()])
@@ -246,6 +267,14 @@ class SequenceParallelMixin:
     def floating_point_ops(self, inputs: Mapping[str, Any]) -> float:
         """This rank's share of a sequence's."""
         return super().floating_point_ops(inputs) / self.sequence_groups.sp_size
+
+
+def _seed_workers_by(dp_rank: int, loader: Any) -> None:
+    """Let the workers of all ranks of a sequence draw alike: transformers seeds each rank's differently."""
+    loader = getattr(loader, "base_dataloader", loader)  # accelerate's own only hands its attributes on
+    seed = loader.worker_init_fn
+    if isinstance(seed, partial) and "rank" in seed.keywords:
+        loader.worker_init_fn = partial(seed.func, *seed.args, **{**seed.keywords, "rank": dp_rank})
 
 
 def _fingerprint(batches: Iterable[Mapping[str, Any]]) -> Tensor:

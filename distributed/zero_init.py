@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from .zero import _quiet_deepspeed
+from .zero_state import whole_shape
 
 NAMED_AT_MOST = 5
 """Weights that an error names."""
@@ -24,11 +25,6 @@ NAMED_AT_MOST = 5
 def is_sharded(param: Tensor) -> bool:
     """Whether ZeRO-3 has spread a weight over the ranks; its own shape is then `(0,)`."""
     return hasattr(param, "ds_id")
-
-
-def whole_shape(param: Tensor) -> torch.Size:
-    """The shape of a weight, also of one that is sharded."""
-    return getattr(param, "ds_shape", param.shape)
 
 
 @contextmanager

@@ -33,6 +33,11 @@ from .state_files import (
 logger = logging.getLogger(__name__)
 
 
+def whole_shape(param: Tensor) -> torch.Size:
+    """The shape of a weight, also of one that ZeRO-3 has sharded: its own is then `(0,)`."""
+    return getattr(param, "ds_shape", param.shape)
+
+
 class Span(NamedTuple):
     """Where a parameter lies in a partition.
 
@@ -119,13 +124,9 @@ def save_partitions(path: Path, optimizer: Any, module: nn.Module, *, num_files:
         for param, start, offset, numel in part.spans:
             if numel:
                 mine = {key: tensor.narrow(0, offset, numel) for key, tensor in tensors.items()}
-                pieces.append(Piece(names[param], _shape(param), start, mine, scalars))
+                pieces.append(Piece(names[param], whole_shape(param), start, mine, scalars))
     buffers = persistent_buffers(module) if dist.get_rank() == 0 else None
     write_pieces(path, pieces, num_files=num_files, buffers=buffers)
-
-
-def _shape(param: nn.Parameter) -> tuple[int, ...]:
-    return tuple(getattr(param, "ds_shape", param.shape))  # under ZeRO 3 the parameter itself is empty
 
 
 @torch.no_grad()
@@ -140,7 +141,7 @@ def load_partitions(folder: Path, optimizer: Any, module: nn.Module) -> None:
     saved = SavedState(folder)
     names = {param: name for name, param in module.named_parameters()}
     parts = partitions(optimizer)
-    shapes = {names[span.param]: _shape(span.param) for part in parts for span in part.spans}
+    shapes = {names[span.param]: whole_shape(span.param) for part in parts for span in part.spans}
     saved.check(shapes, persistent_buffers(module))
     for part in parts:
         spans = [(names[span.param], span) for span in part.spans]

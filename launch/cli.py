@@ -127,8 +127,7 @@ def _on_processes(args: argparse.Namespace, work: Callable[[RunConfig], int]) ->
     # With a hostfile this is a launcher, even where srun started one on each node.
     if args.hostfile is not None or not is_launched():
         count = num_processes(config, args.hostfile, args.launcher_args)
-        if count is not None:
-            check_world(config, count)
+        check_world(config, count)
         if count != 1 or args.hostfile is not None:
             return launch(
                 args.config,

@@ -39,6 +39,7 @@ KNOWN_KEYS = frozenset(
 )
 """DeepSpeed 0.19's top-level keys: it ignores others without a word."""
 DTYPE_NAMES = {"bf16": True, "bfloat16": True, "fp32": False, "float32": False}
+NAN_UNSEEN = "a gradient of NaN or inf would go into the weights without an error; remove it"
 REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "optimizer": ((None, {}), "the optimizer is longseq's; remove the section and set optimizer.*"),
     "scheduler": ((None, {}), "the learning rate is longseq's; remove the section and set schedule.*"),
@@ -59,6 +60,8 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "zero_optimization.cpu_offload": ((False, None), "it is an older word for offload_optimizer; use that"),
     "zero_optimization.cpu_offload_param": ((False, None), "it is an older word for offload_param; use that"),
     "bf16.bf16_master_weights_and_grads": ((False,), "trained weights are kept in float32; remove it"),
+    "bf16.check_grad_overflow": ((True,), NAN_UNSEEN),
+    "bfloat16.check_grad_overflow": ((True,), NAN_UNSEEN),
     "communication_data_type": (
         (None, "fp32", "bf16"),
         "gradients of long sums overflow float16; use bf16 or fp32",

@@ -58,10 +58,20 @@ def export_checkpoint(
         model.save_pretrained(draft)
     _tokenizer(checkpoint / "hf").save_pretrained(draft)
     share(draft)
-    if out.exists():
-        shutil.rmtree(out)
-    os.replace(draft, out)
+    _put_in_place(draft, out)
     return out
+
+
+def _put_in_place(draft: Path, out: Path) -> None:
+    """One of the two models is there at every moment; a crash may leave the older one aside."""
+    older = out.with_name(f".{out.name}.older")
+    if out.exists():
+        if older.exists():
+            shutil.rmtree(older)
+        os.replace(out, older)
+    os.replace(draft, out)
+    if older.exists():
+        shutil.rmtree(older)
 
 
 def _check_place(out: Path, overwrite: bool) -> None:

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import re
+import shlex
 import shutil
+import socket
 from collections.abc import Sequence
 from pathlib import Path
 
-CHOOSING = ("--include", "-i", "--exclude", "-e", "--num_nodes", "--num_gpus", "--num_accelerators")
-"""Options of DeepSpeed's launcher by which fewer GPUs take part than the hostfile has slots."""
-
-PROGRAMS = {"pdsh": ("ssh", "pdsh"), "slurm": ("ssh", "srun")}
-"""DeepSpeed's ways to other nodes, and the programs that each of them calls."""
+PROGRAMS = ("ssh", "pdsh")
+"""What DeepSpeed's way to other nodes calls."""
 
 
 def read_hostfile(path: str) -> dict[str, int]:
@@ -38,57 +37,106 @@ def read_hostfile(path: str) -> dict[str, int]:
     return slots
 
 
-def option(words: Sequence[str], name: str) -> str | None:
-    """The value that a command line gives an option, as `--name value` or `--name=value`."""
+def option(words: Sequence[str], *names: str) -> str | None:
+    """The value that a command line gives an option of these names, as `--name value` or `--name=value`."""
     for index, word in enumerate(words):
-        if word.startswith(f"{name}="):
-            return word.partition("=")[2]
-        if word == name and index + 1 < len(words):
+        name, equals, value = word.partition("=")
+        if name in names and equals:
+            return value
+        if word in names and index + 1 < len(words):
             return words[index + 1]
     return None
 
 
-def total_slots(path: str, launcher_args: Sequence[str]) -> int | None:
-    """Processes that a hostfile starts; None where words for DeepSpeed's launcher choose some of them."""
+def chosen_slots(path: str, launcher_args: Sequence[str]) -> dict[str, int]:
+    """Slots of the nodes that take part: what words for DeepSpeed's launcher leave of a hostfile.
+
+    Raises:
+        ValueError: They name a node that is not in it, or leave none.
+    """
     slots = read_hostfile(path)
-    if any(word.partition("=")[0] in CHOOSING for word in launcher_args):
-        return None
-    return sum(slots.values())
+    include = _named_slots(option(launcher_args, "--include", "-i"))
+    exclude = _named_slots(option(launcher_args, "--exclude", "-e"))
+    nodes = int(option(launcher_args, "--num_nodes") or 0)
+    gpus = int(option(launcher_args, "--num_gpus", "--num_accelerators") or 0)
+    unknown = {*include, *exclude} - slots.keys()
+    if unknown:
+        raise ValueError(f"--include or --exclude {min(unknown)}: {path} names {', '.join(slots)} alone.")
+    if include:
+        slots = {host: len(include[host]) or count for host, count in slots.items() if host in include}
+    for host, named in exclude.items():
+        slots[host] -= len(named) or slots[host]
+    slots = {host: gpus if gpus > 0 else count for host, count in slots.items() if count > 0}
+    if not slots:
+        raise ValueError(f"--exclude {', '.join(exclude)} leaves no node of {path}; leave one.")
+    return dict(list(slots.items())[: nodes if nodes > 0 else None])
 
 
-def master_words(path: str, launcher_args: Sequence[str]) -> list[str]:
-    """Where the nodes meet, in words for DeepSpeed's launcher; checks that it can start them.
+def _named_slots(words: str | None) -> dict[str, set[str]]:
+    """DeepSpeed's `one@two:0,1`, where a node without slots means all of them."""
+    named: dict[str, set[str]] = {}
+    for words_of_one in (words or "").split("@"):
+        host, _, slots = words_of_one.partition(":")
+        if host:
+            named.setdefault(host, set()).update(slots.split(",") if slots else ())
+    return named
+
+
+def meeting_words(path: str, launcher_args: Sequence[str]) -> list[str]:
+    """How the nodes are started and where they meet, in words for DeepSpeed's launcher.
+
+    Returns:
+        With `--force_multi` where it goes over pdsh.
 
     Raises:
         ValueError: A word is missing that DeepSpeed would end without, or a program that it calls.
     """
-    hosts = list(read_hostfile(path))
+    first, *others = chosen_slots(path, launcher_args)
+    is_loopback = first == "localhost" or first.startswith("127.")
     if "--no_ssh" not in launcher_args:
-        launcher = (option(launcher_args, "--launcher") or "pdsh").lower()
-        if launcher not in PROGRAMS:
-            raise ValueError(
-                f"--launcher {launcher}: its processes are not told their ranks as torch names them; use "
-                f"{' or '.join(PROGRAMS)}, or start a launcher on each node: -- --no_ssh --node_rank N."
-            )
-        missing = [name for name in PROGRAMS[launcher] if shutil.which(name) is None]
-        if missing:
-            raise ValueError(
-                f"--hostfile {path}: DeepSpeed starts other nodes through {missing[0]}, which is not here; "
-                "install it, or start a launcher on each node: -- --no_ssh --node_rank N, torchrun, or srun."
-            )
-        return []
+        _check_ssh(path, (option(launcher_args, "--launcher") or "pdsh").lower())
+        if not others and (is_loopback or first == socket.gethostname()):
+            return [word for word in launcher_args if word == "--force_multi"]
+        return ["--force_multi"]  # DeepSpeed takes any node that is alone for this machine
     rank = option(launcher_args, "--node_rank") or ""
-    if not rank.isdigit() or int(rank) >= len(hosts):
+    if not rank.isdigit() or int(rank) > len(others):
         raise ValueError(
-            f"--no_ssh needs --node_rank, this node's place in {path}, from 0 to {len(hosts) - 1}"
-            f"{f'; it is {rank}' if rank else ''}."
+            f"--no_ssh needs --node_rank, this node's place among those of {path} that take part, from 0 to "
+            f"{len(others)}{f'; it is {rank}' if rank else ''}."
         )
     if option(launcher_args, "--master_addr") is not None:
         return []
-    first = hosts[0]
-    if len(hosts) > 1 and (first == "localhost" or first.startswith("127.")):
+    if others and is_loopback:
         raise ValueError(
             f"{path} calls its first node {first}, by which the others cannot reach it; use a name that they "
             "know, or give --master_addr."
         )
     return ["--master_addr", first]  # DeepSpeed would ask it for its address, by ssh
+
+
+def _check_ssh(path: str, launcher: str) -> None:
+    by_hand = "start a launcher on each node: -- --no_ssh --node_rank N"
+    if launcher == "slurm":
+        raise ValueError(
+            "--launcher slurm: DeepSpeed starts scripts by it, and longseq is a module; let Slurm itself "
+            "start the processes: srun longseq train CONFIG."
+        )
+    if launcher != "pdsh":
+        raise ValueError(
+            f"--launcher {launcher}: its processes are not told their ranks as torch names them; use pdsh, "
+            f"or {by_hand}."
+        )
+    missing = [name for name in PROGRAMS if shutil.which(name) is None]
+    if missing:
+        raise ValueError(
+            f"--hostfile {path}: DeepSpeed starts other nodes through {missing[0]}, which is not here; "
+            f"install it, or {by_hand}, torchrun, or srun."
+        )
+
+
+def quote_for_pdsh(word: str) -> str:
+    """A word that the shells of the other nodes are to read as it is.
+
+    DeepSpeed hands it on bare, unless it has a space: then in double quotes, with a backslash before its own.
+    """
+    return re.sub(r"[\\$`]", r"\\\g<0>", word) if " " in word else shlex.quote(word)

@@ -9,9 +9,10 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from itertools import pairwise
+from types import FrameType
 
 from .config import RunConfig
-from .hostfile import master_words, option, read_hostfile, total_slots
+from .hostfile import chosen_slots, meeting_words, option, quote_for_pdsh
 from .nodes import ask_to_stop
 from .processes import free_port
 
@@ -20,23 +21,21 @@ NO_SSH_PORT = 29500
 """Where launchers that know nothing of each other meet, unless they are told: DeepSpeed's and torch's own."""
 
 
-def num_processes(
-    config: RunConfig, hostfile: str | None = None, launcher_args: Sequence[str] = ()
-) -> int | None:
+def num_processes(config: RunConfig, hostfile: str | None = None, launcher_args: Sequence[str] = ()) -> int:
     """Processes that a run takes: as told, else as many of this machine's GPUs as the batch can use.
 
-    On a machine without a GPU it is one for each shard of a sequence. With a hostfile it is its slots; None
-    where words for DeepSpeed's launcher choose some of these, so that only the processes can count them.
+    On a machine without a GPU it is one for each shard of a sequence. With a hostfile it is its slots,
+    of which words for DeepSpeed's launcher may choose some.
 
     Raises:
         ValueError: The hostfile is not there, is none, or has other slots than `parallel.num_gpus` asks for.
     """
     if hostfile is not None:
-        slots = total_slots(hostfile, launcher_args)
-        if slots is not None and config.parallel.num_gpus not in ("auto", slots):
+        slots = sum(chosen_slots(hostfile, launcher_args).values())
+        if config.parallel.num_gpus not in ("auto", slots):
             raise ValueError(
-                f"parallel.num_gpus={config.parallel.num_gpus} but {hostfile} has {slots} slots; leave it "
-                "out, or name as many slots."
+                f"parallel.num_gpus={config.parallel.num_gpus} but {slots} slots of {hostfile} take part; "
+                "leave it out, or name as many slots."
             )
         return slots
     if config.parallel.num_gpus != "auto":
@@ -60,7 +59,7 @@ def launch(
     config_source: str,
     overrides: Sequence[str],
     *,
-    num_gpus: int | None,
+    num_gpus: int,
     command: str = "train",
     hostfile: str | None = None,
     launcher_args: Sequence[str] = (),
@@ -68,8 +67,9 @@ def launch(
     """Run `longseq train` (or another command of a config) on several processes and wait for them.
 
     SIGTERM and SIGUSR1 are handed to the workers, which save and stop; DeepSpeed's launcher would kill them.
-    Where none is on this machine, the run is asked at its store. Ctrl-C is handed on too, and ends them at
-    once, and so is SIGHUP of a terminal that closes, which becomes SIGTERM.
+    Where none is on this machine, the run is asked at its store; it ends where it is not training yet, and
+    when it is asked twice. Ctrl-C is handed on too, and ends them at once, and so is SIGHUP of a terminal
+    that closes, which becomes SIGTERM.
 
     Args:
         config_source: Preset or YAML file.
@@ -83,13 +83,17 @@ def launch(
         The exit status.
     """
     words = [sys.executable, "-m", "deepspeed.launcher.runner", "--no_local_rank"]
+    arguments = [config_source, *overrides]
+    store: tuple[str, int] | None = None
     if hostfile is not None:
         if "RANK" in os.environ:
             raise ValueError(
                 f"--hostfile {hostfile}: this process was itself started by a launcher (RANK is set), which "
                 "names the nodes; leave it out."
             )
-        words += ["--hostfile", hostfile, *master_words(hostfile, launcher_args)]
+        words += ["--hostfile", hostfile, *meeting_words(hostfile, launcher_args)]
+        if "--force_multi" in words:
+            arguments = [quote_for_pdsh(word) for word in arguments]
     else:
         # A path that does not exist: DeepSpeed would otherwise read a hostfile of the machine's own.
         words += ["--hostfile", os.devnull + "/none", *_which_gpus(num_gpus)]
@@ -99,25 +103,28 @@ def launch(
         words += ["--master_port", str(port)]
     if option(launcher_args, "--log_level") is None:
         words += ["--log_level", "critical"]  # which worker it was and by which command: they say it better
-    words += [*launcher_args, "--module", MODULE, command, config_source, *overrides]
+    words += [*launcher_args, "--module", MODULE, command, *arguments]
     environment = dict(os.environ)
     if not _gpu_count():
         environment["DS_ACCELERATOR"] = "cpu"
         # DeepSpeed counts a CPU machine's "devices" by its NUMA nodes unless it is told.
-        environment["LOCAL_SIZE"] = str(num_gpus or 1)
+        environment["LOCAL_SIZE"] = str(num_gpus)
     # In a session of its own: what a terminal or `timeout` sends to all would end DeepSpeed's launcher, and
     # that the workers, before they have saved.
     process = subprocess.Popen(words, env=environment, start_new_session=True)
     numbers = [signal.SIGTERM, signal.SIGUSR1]
     if signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:  # nohup has it ignored
         numbers.append(signal.SIGHUP)
-    store: tuple[str, int] | None = None
     if hostfile is not None:
-        store = option(launcher_args, "--master_addr") or next(iter(read_hostfile(hostfile))), port
-    earlier = {
-        number: signal.signal(number, lambda received, frame: _pass_on(process, received, store))
-        for number in numbers
-    }
+        first, *_ = chosen_slots(hostfile, launcher_args)
+        store = option(launcher_args, "--master_addr") or first, port
+
+    def hand_on(received: int, frame: FrameType | None) -> None:
+        nonlocal store
+        asked, store = store, None  # who asks again does not want to wait
+        _pass_on(process, received, asked)
+
+    earlier = {number: signal.signal(number, hand_on) for number in numbers}
     try:
         status = _wait(process)
     finally:
@@ -184,7 +191,7 @@ def _pass_on(process: subprocess.Popen, number: int, store: tuple[str, int] | No
             worker.send_signal(number)
     if workers:
         return
-    # None yet, or all on other nodes, which a run that goes on can be told of at its store alone.
+    # None yet, or all on other nodes, which a run that trains can be told of at its store alone.
     if store is not None and number != signal.SIGINT and ask_to_stop(*store, signal.Signals(number).name):
         return
     os.killpg(process.pid, signal.SIGTERM)

@@ -26,6 +26,8 @@ BAD_NEWS_S = 2.0
 """The store goes with rank 0: this long it stays, for the others to hear what is wrong."""
 VERDICT = "longseq/world"
 STOP = "longseq/stop"
+HEEDS = "longseq/heeds"
+"""There while somebody looks at STOP: nobody does before the first step, nor after the last."""
 
 
 def adopt_slurm() -> None:
@@ -67,14 +69,25 @@ def meet() -> dist.Store:
     Nodes whose launchers were told different things would otherwise wait for each other for half an hour.
 
     Raises:
-        ValueError: Another process has this rank, or counts other processes.
+        ValueError: Another process has this rank, or counts other processes; the port is taken, or the
+            address cannot be reached.
         TimeoutError: Some have not come.
+        ConnectionError: Rank 0 has gone.
     """
     import torch.distributed as dist
 
     rank, world = int(os.environ["RANK"]), os.environ["WORLD_SIZE"]
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    store = dist.TCPStore(address, port, is_master=rank == 0, wait_for_workers=False, timeout=LATEST_START)
+    try:
+        store = dist.TCPStore(
+            address, port, is_master=rank == 0, wait_for_workers=False, timeout=LATEST_START
+        )
+    except dist.DistNetworkError as error:
+        raise ValueError(
+            f"rank {rank} ({socket.gethostname()}) cannot {'listen' if rank == 0 else 'reach rank 0'} at "
+            f"MASTER_ADDR={address}, MASTER_PORT={port}: {str(error).splitlines()[0]}. Every node must reach "
+            "that address; another port: -- --master_port N, or under srun MASTER_PORT=N."
+        ) from error
     mine = f"{world} on {socket.gethostname()}"
     if store.add(f"longseq/taken/{rank}", 1) > 1:
         store.set(VERDICT, f"two processes are rank {rank}")
@@ -127,9 +140,14 @@ def check_nodes(config: RunConfig, groups: ProcessGroups) -> None:
     import torch
 
     from .. import __version__
+    from .deepspeed_json import read_json
 
+    tree = config.model_dump()
+    if config.parallel.deepspeed_config is not None:
+        # Not the path of a file, which may hold other things on another node.
+        tree["parallel"]["deepspeed_config"] = read_json(config.parallel.deepspeed_config)
     words = {"the version of longseq": __version__, "the version of torch": torch.__version__}
-    for key, value in _flat(config.model_dump()).items():
+    for key, value in _flat(tree).items():
         if not key.startswith(NODES_OWN):
             words[key] = repr(value)
     require_same(words, groups, "start every node with the same config and the same packages")
@@ -149,28 +167,37 @@ def require_same(words: Mapping[str, str], groups: ProcessGroups, advice: str) -
     """
     first, *others = _everyones({**words, "host": socket.gethostname()}, groups)
     for rank, theirs in enumerate(others, start=1):
-        for name in words:
-            if theirs.get(name) != first[name]:
+        for name in {**first, **theirs}:
+            if name != "host" and theirs.get(name) != first.get(name):
                 raise ValueError(
-                    f"{name} is {theirs.get(name)} on rank {rank} ({theirs['host']}), and {first[name]} on "
-                    f"rank 0 ({first['host']}): {advice}."
+                    f"{name} is {theirs.get(name)} on rank {rank} ({theirs['host']}), and {first.get(name)} "
+                    f"on rank 0 ({first['host']}): {advice}."
                 )
 
 
 def _check_shared(folder: Path, groups: ProcessGroups) -> None:
     """Every rank writes its part of a checkpoint, so all must see the same folder."""
     (name, *_) = _everyones(f".{uuid.uuid4().hex}", groups)
+    problem = None
     if groups.is_main:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / name).touch()
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / name).touch()
+        except OSError as error:  # the others wait
+            problem = str(error)
     groups.barrier()
-    everyone = _everyones(((folder / name).exists(), socket.gethostname()), groups)
+    everyone = _everyones((problem, os.access(folder / name, os.F_OK), socket.gethostname()), groups)
+    problem, _, main_host = everyone[0]
+    if problem is not None:
+        raise ValueError(
+            f"log.run_dir={folder} cannot be written on rank 0 ({main_host}): {problem}; name another folder."
+        )
     if groups.is_main:
         (folder / name).unlink()
-    for rank, (sees_it, host) in enumerate(everyone):
+    for rank, (_, sees_it, host) in enumerate(everyone):
         if not sees_it:
             raise ValueError(
-                f"log.run_dir={folder} on rank {rank} ({host}) is not that of rank 0 ({everyone[0][1]}): "
+                f"log.run_dir={folder} on rank {rank} ({host}) is not that of rank 0 ({main_host}): "
                 "each process writes its part of a checkpoint; name a folder that all nodes share."
             )
 
@@ -196,7 +223,7 @@ def ask_to_stop(address: str, port: int, word: str) -> bool:
     """Ask a run whose processes are on other machines to save and stop, at its store.
 
     Returns:
-        Whether the run could be reached.
+        Whether the run could be reached, and heeds it.
     """
     import torch.distributed as dist
 
@@ -204,14 +231,31 @@ def ask_to_stop(address: str, port: int, word: str) -> bool:
         store = dist.TCPStore(
             address, port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=10)
         )
+        if not store.check([HEEDS]):
+            return False
         store.set(STOP, word)
     except dist.DistError:
         return False
     return True
 
 
+def heed_requests(heeds: bool) -> None:
+    """Say whether `ask_to_stop` is heeded from now on; rank 0 says it for all."""
+    store = _store_of_rank_0()
+    if store is not None and heeds:
+        store.set(HEEDS, "yes")
+    elif store is not None:
+        store.delete_key(HEEDS)
+
+
 def asked_to_stop() -> str | None:
     """What `ask_to_stop` said to this run, on its rank 0; None on the others."""
+    store = _store_of_rank_0()
+    return store.get(STOP).decode() if store is not None and store.check([STOP]) else None
+
+
+def _store_of_rank_0() -> dist.Store | None:
+    """The run's store without its prefix, as `ask_to_stop` sees it; None on the other ranks."""
     import torch.distributed as dist
 
     if not dist.is_initialized() or dist.get_rank() != 0:
@@ -219,4 +263,4 @@ def asked_to_stop() -> str | None:
     store = dist.distributed_c10d._get_default_store()
     while isinstance(store, dist.PrefixStore):
         store = store.underlying_store
-    return store.get(STOP).decode() if store.check([STOP]) else None
+    return store

@@ -13,7 +13,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
-from .nodes import adopt_slurm, asked_to_stop, meet
+from .nodes import adopt_slurm, asked_to_stop, heed_requests, meet
 
 if TYPE_CHECKING:
     import torch
@@ -83,7 +83,8 @@ def local_gpu(count: int) -> int:
     if local_rank < count:
         return local_rank
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
-    if count == 1 and "," not in visible:
+    is_told = visible != "" and "," not in visible
+    if count == 1 and (is_told or os.environ.get("SLURM_LOCALID") == str(local_rank)):
         return 0  # the launcher shows each process a GPU of its own
     import socket
 
@@ -140,6 +141,7 @@ class StopRequest:
         self._earlier = {
             number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGUSR1)
         }
+        heed_requests(True)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self._signal = signal.Signals(number).name
@@ -151,6 +153,7 @@ class StopRequest:
 
     def restore(self) -> None:
         """Give the signals back to whom they belonged."""
+        heed_requests(False)
         for number, handler in self._earlier.items():
             signal.signal(number, handler)
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
+from ..distributed.groups import ProcessGroups
 from .checkpoint import Checkpoints, RunState, newest_checkpoint, read_state
 from .config import RunConfig
 from .config_file import load_config
+from .nodes import require_same
 
 logger = logging.getLogger(__name__)
 
@@ -31,25 +33,33 @@ WALK_KEYS = (
 """Keys that say what the model is and which sequences its next step sees: with others the cursor is void."""
 
 
-def choose_checkpoint(config: RunConfig, checkpoints: Checkpoints) -> Path | None:
-    """The checkpoint to go on from, as `checkpoint.resume` says; None starts anew.
+def choose_checkpoint(config: RunConfig, checkpoints: Checkpoints, groups: ProcessGroups) -> Path | None:
+    """The checkpoint to go on from, as `checkpoint.resume` says; None starts anew. Every rank calls it.
 
     Raises:
-        ValueError: A folder that is no checkpoint, `never` where there is one, or a checkpoint where the
-            run has a newer one: its later steps would be mixed with those to come.
+        ValueError: Nodes that do not see the same checkpoints, a folder that is no checkpoint, `never` where
+            there is one, or a checkpoint where the run has a newer one: its later steps would be mixed with
+            those to come.
     """
     resume = config.checkpoint.resume
     newest = checkpoints.newest()
-    if resume == "auto":
-        return newest
-    if resume == "never":
-        if newest is not None:
+    folder = None if resume in ("auto", "never") else newest_checkpoint(Path(resume))
+    # Before anything is refused, which all ranks must do alike. By name: nodes may mount it elsewhere.
+    require_same(
+        {
+            "the newest checkpoint in log.run_dir": str(newest and newest.name),
+            "the checkpoint of checkpoint.resume": str(folder and folder.name),
+        },
+        groups,
+        "the nodes do not see the same files of the shared folder; wait until they do, and start again",
+    )
+    if folder is None:
+        if resume == "never" and newest is not None:
             raise ValueError(
                 f"checkpoint.resume=never but {newest} is there and would be overwritten; set another "
                 "log.run_dir, or move it away."
             )
-        return None
-    folder = newest_checkpoint(Path(resume))
+        return newest
     read_state(folder)
     if newest is not None and newest.resolve() != folder.resolve():
         raise ValueError(

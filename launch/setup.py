@@ -61,7 +61,7 @@ def set_up(config: RunConfig, plan: ParallelPlan, groups: ProcessGroups, device:
     tokenizer = load_tokenizer(config.data.tokenizer or config.model.name or "bytes")
     # The others find it done; where nodes do not share the cache, each builds its own.
     groups.main_first(lambda: prepare(config.data, tokenizer, progress=True), "data")
-    prepared = prepare(config.data, tokenizer)
+    prepared = groups.each_in_its_time(lambda: prepare(config.data, tokenizer), "preparing data.source")
     digest = _digest(prepared.train, prepared.heldout)
     require_same({"the digest of data.source": digest}, groups, "every node must read the same documents")
     train_set = _sequences(config, prepared.train, tokenizer)

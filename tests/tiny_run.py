@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from longseq.distributed.groups import ProcessGroups
+from longseq.distributed.state_files import SavedState
 from longseq.launch import train as train_module
 from longseq.launch.checkpoint import RunState, newest_checkpoint, read_state
 from longseq.launch.config import RunConfig
@@ -144,9 +145,7 @@ def weights(run_dir: Path) -> dict[str, Tensor]:
     newest = newest_checkpoint(run_dir)
     if read_state(newest).zero_stage == 0:
         return load_file(newest / "engine" / "model.safetensors")
-    from longseq.distributed.state_files import consolidated_weights
-
-    found = {name: tensor.detach() for name, tensor in consolidated_weights(newest / "engine").items()}
+    found = dict(SavedState(newest / "engine").weights())
     head, embedding = found.get("lm_head.weight"), found.get("model.embed_tokens.weight")
     if head is not None and embedding is not None and torch.equal(head, embedding):
         del found["lm_head.weight"]  # tied weights have two names there

@@ -33,6 +33,20 @@ def write_late(note: Path) -> None:
     note.write_text("done by main")
 
 
+def slow_node_case(note: str) -> dict:
+    """The last rank takes its time, and then one of them fails."""
+    groups = ProcessGroups.create()
+    work = (lambda: write_late(Path(note))) if groups.rank == 3 else (lambda: None)
+    groups.each_in_its_time(work, "slow")
+    saw = Path(note).is_file()
+    with pytest.raises(ValueError, match=r"slow too: failed on rank 2|three is wrong") as refused:
+        groups.each_in_its_time(
+            (lambda: int("three is wrong")) if groups.rank == 2 else (lambda: 3), "slow too"
+        )
+    assert groups.each_in_its_time(lambda: groups.rank, "quick") == groups.rank
+    return {"saw": saw, "said": str(refused.value)}
+
+
 def refusal_case(degree: int) -> str:
     with pytest.raises(ValueError, match="ulysses_degree") as refused:
         ProcessGroups.create(degree)
@@ -47,7 +61,8 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list]:
         for degree in (1, 2, 4)
     }
     refused = {f"refused {degree}": (refusal_case, {"degree": degree}) for degree in (0, 3, 8)}
-    return run_cases(4, {**degrees, **refused})
+    slow = {"slow node": (slow_node_case, {"note": str(folder / "slow")})}
+    return run_cases(4, {**degrees, **refused, **slow})
 
 
 def test_ranks_of_a_sequence_are_neighbours(outcomes: dict[str, list]) -> None:
@@ -67,6 +82,12 @@ def test_sums_are_over_all_ranks_and_all_wait_for_main(outcomes: dict[str, list]
         assert rank["saw"] == "done by main"
 
 
+def test_all_wait_for_the_slowest_and_hear_of_one_that_fails(outcomes: dict[str, list]) -> None:
+    ranks = outcomes["slow node"]
+    assert all(rank["saw"] for rank in ranks)
+    assert ["failed on rank 2" in rank["said"] for rank in ranks] == [True, True, False, True]
+
+
 @pytest.mark.parametrize("degree", [0, 3, 8])
 def test_a_degree_that_does_not_divide_is_refused_on_every_rank(
     outcomes: dict[str, list], degree: int
@@ -79,5 +100,6 @@ def test_one_process_needs_no_process_group() -> None:
     groups = ProcessGroups.create()
     assert groups == ProcessGroups()
     assert groups.all_sum(torch.tensor(3)).item() == 3
+    assert groups.each_in_its_time(lambda: 3, "quick") == 3
     with pytest.raises(ValueError, match=r"ulysses_degree=2 does not divide 1 processes; use 1\."):
         ProcessGroups.create(2)

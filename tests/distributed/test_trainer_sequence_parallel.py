@@ -30,7 +30,15 @@ SHARED = {"per_device_train_batch_size": 2}
 SPREAD = {"max_steps": 4, "gradient_accumulation_steps": 2}
 # Rows that fill three steps.
 STREAMED = {"max_steps": 3, "per_device_train_batch_size": 2, "streamed": True}
+# All rows but one, as many as there are steps for: none is left over, though one of the dataset would be.
+SAMPLED = {"max_steps": 3, "gradient_accumulation_steps": 2, "sampled": 12}
+SAMPLED_ALONE = {**SAMPLED, "gradient_accumulation_steps": 4}
 SPREAD_ALONE = {"max_steps": 4, "gradient_accumulation_steps": 4}
+
+
+# Forked: a function of this module has no name that a new process could find it by.
+WORKERS = {"dataloader_num_workers": 1, "dataloader_multiprocessing_context": "fork"}
+DIFFERENT = r"ranks 0 to 1 .* different samples; .* groups\.dp_rank"
 
 
 def make_rows(lengths: tuple[int, ...]) -> list[dict[str, Tensor]]:
@@ -65,6 +73,12 @@ def flattened(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     from transformers import DataCollatorWithFlattening
 
     return DataCollatorWithFlattening()([{k: v.tolist() for k, v in row.items()} for row in rows])
+
+
+def noisy(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Ids that are drawn anew whenever a row is read."""
+    batch = collate(rows)
+    return {**batch, "input_ids": torch.randint_like(batch["input_ids"], 1, VOCAB)}
 
 
 def truth_loss(outputs: Any, labels: Tensor, num_items_in_batch: Tensor) -> Tensor:
@@ -129,10 +143,21 @@ class Stream(torch.utils.data.IterableDataset):
         return iter(make_rows(LENGTHS))
 
 
-def truth(folder: Path, streamed: bool = False, **options: Any) -> dict:
+class FirstRows:
+    """A Trainer that takes the first rows of its dataset alone."""
+
+    sampled: int
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> torch.utils.data.Sampler:
+        return torch.utils.data.SequentialSampler(range(self.sampled))
+
+
+def truth(folder: Path, streamed: bool = False, sampled: int | None = None, **options: Any) -> dict:
     """The plain Trainer on a plain model in this process."""
     from transformers import Trainer
 
+    if sampled is not None:
+        Trainer = type("SampledTrainer", (FirstRows, Trainer), {"sampled": sampled})
     model = tiny_llama(torch.float64)
     args = arguments(str(folder), **options)
     of_trainer = {**parts(), "train_dataset": Stream()} if streamed else parts()
@@ -144,7 +169,9 @@ def trainer_case(
     dtype: str = "float64",
     deepspeed: int | None = None,
     packed: bool = False,
-    differing: bool = False,
+    noise: bool = False,
+    differing: str = "",
+    sampled: int | None = None,
     streamed: bool = False,
     refused: str = "",
     stopped_in: str | None = None,
@@ -166,6 +193,8 @@ def trainer_case(
     class UlyssesTrainer(SequenceParallelMixin, Trainer):
         pass
 
+    if sampled is not None:
+        UlyssesTrainer = type("SampledTrainer", (FirstRows, UlyssesTrainer), {"sampled": sampled})
     if deepspeed is not None:
         from longseq.distributed.zero import init_deepspeed_communication
 
@@ -187,10 +216,12 @@ def trainer_case(
         of_trainer = parts()
         if packed:
             of_trainer["data_collator"] = flattened
+        if noise:
+            of_trainer["data_collator"] = noisy
         if streamed:
             of_trainer["train_dataset"] = Stream()
         if differing:
-            of_trainer["train_dataset"][0]["labels"][20 + groups.rank] = 1
+            of_trainer[differing][0]["labels"][20 + groups.rank] = 1
         trainer = UlyssesTrainer(model, args, groups=groups, **of_trainer)
         if refused:
             with pytest.raises(ValueError, match=refused):
@@ -238,11 +269,17 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict]]:
             trainer_case,
             {
                 "sp_size": 2,
-                "differing": True,
+                "differing": "train_dataset",
                 "train_sampling_strategy": "sequential",
-                "refused": r"ranks 0 to 1 .* different samples; .* groups\.dp_rank",
+                "refused": DIFFERENT,
             },
         ),
+        "differing eval": (
+            trainer_case,
+            {"sp_size": 2, "differing": "eval_dataset", "refused": DIFFERENT, **SHARED},
+        ),
+        "noisy": (trainer_case, {"sp_size": 2, "noise": True, **WORKERS, **SHARED}),
+        "sampled": (trainer_case, {"sp_size": 1, **SAMPLED}),
         "dp2": (trainer_case, {"sp_size": 1, **SPREAD}),
         "streamed": (
             trainer_case,
@@ -294,6 +331,31 @@ def test_a_dataset_without_a_length(two: dict, tmp_path: Path) -> None:
 
 def test_ranks_of_a_sequence_that_read_different_samples_stop(two: dict) -> None:
     assert two["differing"] == [{"state": 0.0}] * 2
+    assert two["differing eval"] == [{"state": 2.0}] * 2
+
+
+def test_workers_of_a_sequence_draw_alike(two: dict) -> None:
+    first, second = two["noisy"]
+    assert_same(first, second, relative=0, absolute=0)
+
+
+def test_a_sampler_of_another_length_than_the_dataset(two: dict, tmp_path: Path) -> None:
+    true = truth(tmp_path, **SAMPLED_ALONE)
+    for rank in two["sampled"]:
+        assert_same(rank, true, relative=1e-12, absolute=1e-10, counts=("epoch", "max_steps"))
+
+
+@pytest.mark.parametrize("deal", ["train", "evaluate"])
+def test_a_batch_without_labels_is_refused(tmp_path: Path, deal: str) -> None:
+    from transformers import Trainer
+
+    class UlyssesTrainer(SequenceParallelMixin, Trainer):
+        pass
+
+    unlabelled = {**parts(), "data_collator": lambda rows: {"input_ids": collate(rows)["input_ids"]}}
+    trainer = UlyssesTrainer(tiny_llama(), arguments(str(tmp_path)), groups=ProcessGroups(), **unlabelled)
+    with pytest.raises(ValueError, match=r"has no labels.*DataCollatorForLanguageModeling\(.*mlm=False\)"):
+        getattr(trainer, deal)()
 
 
 def test_rows_that_fill_up_a_last_batch_count_once(two: dict, spread: dict) -> None:

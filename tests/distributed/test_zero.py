@@ -24,7 +24,7 @@ from training_samples import (
 
 from longseq.distributed import ProcessGroups
 from longseq.distributed.engine import LocalEngine, NonFiniteGradientError
-from longseq.distributed.state_files import consolidated_weights
+from longseq.distributed.state_files import SavedState
 
 if TYPE_CHECKING:
     from longseq.distributed.zero import DeepSpeedEngine
@@ -40,11 +40,9 @@ LAYOUTS = {
         {"stage": stage, "sp_size": sp_size, "tie": tie},
     )
     for world_size, stage, sp_size, tie in [
-        *((2, stage, sp_size, stage == 2) for stage in STAGES for sp_size in (1, 2)),
-        (2, 1, 2, True),
-        (2, 3, 2, True),
+        *((2, stage, 2, True) for stage in STAGES),
+        *((2, stage, 1, False) for stage in STAGES),
         (4, 3, 2, False),
-        (4, 2, 2, True),
     ]
 }
 # One rank's first row is shorter than a tile and the other's is longer: their gradients must arrive alike.
@@ -103,7 +101,7 @@ def checkpoint_case(stage: int, folder: str, frozen: bool) -> dict:
     engine_step(engine, groups, 0, 1e-2)
     engine.save(Path(folder))
     groups.barrier()
-    saved, consolidated = whole_weights(model), consolidated_weights(Path(folder))
+    saved, consolidated = whole_weights(model), dict(SavedState(Path(folder)).weights())
     trainable = [name for name, param in model.named_parameters() if param.requires_grad]
     engine_step(engine, groups, 1, 1e-2)
 

@@ -74,6 +74,11 @@ def test_what_hugging_face_s_trainer_takes_is_taken(tmp_path: Path) -> None:
         ({"gradient_clipping": 0}, "or set optimizer.clip_norm to null."),
         ({"bf16": {"enabled": False}}, 'bf16.enabled=false contradicts train.precision="bf16"; remove the'),
         ({"fp16": {"enabled": True}}, "fp16.enabled=true is not taken: float16 overflows"),
+        (
+            {"bf16": {"check_grad_overflow": False}},
+            "check_grad_overflow=false is not taken: a gradient of NaN",
+        ),
+        ({"bfloat16": {"check_grad_overflow": False}}, "bfloat16.check_grad_overflow=false is not taken"),
         ({"torch_autocast": {"enabled": True}}, "torch_autocast.enabled=true is not taken"),
         (
             {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}},

@@ -121,6 +121,27 @@ def test_an_export_that_fails_leaves_nothing(
     assert not (tmp_path / "model").exists()
 
 
+def test_a_crash_while_a_model_is_replaced_leaves_the_older_one(
+    tied: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "model"
+    shutil.copytree(tied / "model", out)
+    (out / "mine.txt").write_text("notes")
+
+    def crash_at_the_new_one(source: Path, target: Path) -> None:
+        if target == out:
+            raise KeyboardInterrupt
+        source.rename(target)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(export_module.os, "replace", crash_at_the_new_one)
+        with pytest.raises(KeyboardInterrupt):
+            export_checkpoint(newest_checkpoint(tied), out, overwrite=True)
+    assert [path.read_text() for path in tmp_path.rglob("mine.txt")] == ["notes"]
+    export_checkpoint(newest_checkpoint(tied), out, overwrite=True)
+    assert list(tmp_path.iterdir()) == [out]
+
+
 @pytest.mark.parametrize(("layers", "message"), [(1, r"unexpected .*layers\.1"), (3, r"missing .*layers\.2")])
 def test_weights_of_another_model_are_refused(
     shop: Workshop, tmp_path: Path, layers: int, message: str
@@ -152,8 +173,8 @@ def test_an_exported_model_generates_with_a_cache_and_stops_at_its_own_eos(tied:
 def test_weights_are_read_without_deepspeed(tied: Path) -> None:
     code = (
         "import sys; from pathlib import Path;"
-        "from longseq.distributed.state_files import consolidated_weights;"
-        "assert consolidated_weights(Path(sys.argv[1])); assert 'deepspeed' not in sys.modules"
+        "from longseq.distributed.state_files import SavedState;"
+        "assert dict(SavedState(Path(sys.argv[1])).weights()); assert 'deepspeed' not in sys.modules"
     )
     folder = newest_checkpoint(tied) / "engine"
     subprocess.run([sys.executable, "-c", code, str(folder)], env=environment(), check=True)

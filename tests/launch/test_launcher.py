@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -9,15 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch.distributed as dist
 from tiny_run import Workshop, assert_same_run, environment, losses, records
 
-from longseq.launch import launcher
+from longseq.launch import hostfile, launcher
 from longseq.launch.checkpoint import newest_checkpoint, read_state
 from longseq.launch.config import RunConfig
 from longseq.launch.config_file import parse_config
+from longseq.launch.hostfile import chosen_slots, quote_for_pdsh
 from longseq.launch.launcher import launch, num_processes
-from longseq.launch.nodes import first_host
-from longseq.launch.processes import is_launched, local_gpu
+from longseq.launch.nodes import ask_to_stop, first_host, meet
+from longseq.launch.processes import StopRequest, free_port, is_launched, local_gpu
 
 CLI = [sys.executable, "-m", "longseq.launch.cli"]
 
@@ -123,7 +126,7 @@ def test_the_command_over_ssh(
 ) -> None:
     monkeypatch.setattr("shutil.which", lambda name: name)
     assert num_processes(spread(batch=12), hosts) == 12
-    assert num_processes(spread(batch=12), hosts, ["--include", "one:0,1"]) is None
+    assert num_processes(spread(batch=12), hosts, ["--include", "one:0,1"]) == 2
     assert num_processes(spread(num_gpus=12, batch=12), hosts) == 12
     assert capsys.readouterr().err == ""  # this machine's GPUs are not what is counted
     launch("a.yaml", [], num_gpus=12, hostfile=hosts)
@@ -136,9 +139,119 @@ def test_the_command_over_ssh(
     monkeypatch.setattr("shutil.which", lambda name: None if name == "pdsh" else name)
     with pytest.raises(ValueError, match=r"through pdsh, which is not here; .* --no_ssh"):
         launch("a.yaml", [], num_gpus=12, hostfile=hosts)
-    launch("a.yaml", [], num_gpus=12, hostfile=hosts, launcher_args=["--launcher=SLURM"])
-    with pytest.raises(ValueError, match=r"--launcher openmpi: .* use pdsh or slurm"):
-        launch("a.yaml", [], num_gpus=12, hostfile=hosts, launcher_args=["--launcher=openmpi"])
+    for other, way_out in (("SLURM", "srun longseq train"), ("openmpi", "use pdsh, or start a launcher")):
+        with pytest.raises(ValueError, match=rf"--launcher {other.lower()}: .*{way_out}"):
+            launch("a.yaml", [], num_gpus=12, hostfile=hosts, launcher_args=[f"--launcher={other}"])
+
+
+def test_a_single_node_of_a_hostfile_is_not_taken_for_this_machine(
+    recorded: type[Recorder], monkeypatch: pytest.MonkeyPatch, hosts: str, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("shutil.which", lambda name: name)
+    monkeypatch.setattr(hostfile.socket, "gethostname", lambda: "two")
+    launch("a.yaml", ["a=[1,2]"], num_gpus=8, hostfile=hosts, launcher_args=["--include=one"])
+    assert recorded.command.count("--force_multi") == 1
+    assert recorded.command[-1] == "'a=[1,2]'"  # for the other node's shell
+    launch("a.yaml", ["a=[1,2]"], num_gpus=4, hostfile=hosts, launcher_args=["--include=two"])
+    assert "--force_multi" not in recorded.command
+    assert recorded.command[-1] == "a=[1,2]"
+
+
+@pytest.mark.parametrize(
+    ("words", "left"),
+    [
+        ([], {"one": 8, "two": 4}),
+        (["--include", "two@one:0,3,3"], {"one": 2, "two": 4}),
+        (["-i", "two:1"], {"two": 1}),
+        (["--exclude=one"], {"two": 4}),
+        (["-e", "one:0,1@two:0,1,2,3"], {"one": 6}),
+        (["--num_nodes", "1"], {"one": 8}),
+        (["--num_nodes", "1", "--num_gpus=2"], {"one": 2}),
+        (["--num_accelerators", "3"], {"one": 3, "two": 3}),
+        (["--exclude", "one@two"], "leaves no node"),
+        (["--include", "three"], "three: .*hosts names one, two alone"),
+    ],
+)
+def test_which_nodes_take_part(hosts: str, words: list[str], left: dict[str, int] | str) -> None:
+    if isinstance(left, str):
+        with pytest.raises(ValueError, match=left):
+            chosen_slots(hosts, words)
+        return
+    assert list(chosen_slots(hosts, words).items()) == list(left.items())
+    assert num_processes(spread(batch=24), hosts, words) == sum(left.values())
+
+
+def test_nodes_meet_and_are_asked_at_the_first_that_takes_part(
+    recorded: type[Recorder], monkeypatch: pytest.MonkeyPatch, hosts: str
+) -> None:
+    """A second signal does not ask again, but ends the run."""
+    asked: list[Any] = []
+    monkeypatch.setattr(launcher, "_pass_on", lambda process, number, store: asked.append(store))
+    monkeypatch.setattr(
+        Recorder, "wait", lambda self: [os.kill(os.getpid(), signal.SIGTERM) for _ in "12"] and 0
+    )
+    words = ["--no_ssh", "--exclude", "one", "--node_rank"]
+    launch("a.yaml", [], num_gpus=4, hostfile=hosts, launcher_args=[*words, "0"])
+    assert recorded.command[recorded.command.index("--master_addr") + 1] == "two"
+    assert asked == [("two", 29500), None]
+    with pytest.raises(ValueError, match="from 0 to 0; it is 1"):
+        launch("a.yaml", [], num_gpus=4, hostfile=hosts, launcher_args=[*words, "1"])
+
+
+@pytest.mark.parametrize(
+    "word",
+    [
+        "a.yaml",
+        "model.config={a:1,b:2}",
+        "log.run_dir=$HOME/*",
+        "a=it's",
+        'a="x"',
+        "a=\\n`id`",
+        "a;b&c>d",
+        "",
+    ],
+)
+def test_words_reach_another_node_as_they_were_typed(word: str) -> None:
+    for typed in (word, f"{word} and a space"):
+        handed = quote_for_pdsh(typed)
+        if " " in handed:  # as DeepSpeed does
+            handed = '"{}"'.format(handed.replace('"', '\\"'))
+        done = subprocess.run(["sh", "-c", f"printf %s {handed}"], capture_output=True, text=True, check=True)
+        assert done.stdout == typed
+
+
+def test_a_run_is_asked_to_stop_only_while_it_looks() -> None:
+    port = free_port()
+    store = dist.TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        assert not ask_to_stop("127.0.0.1", port, "SIGTERM")  # it prepares data
+        stop = StopRequest()
+        assert stop.asked_by is None
+        assert ask_to_stop("127.0.0.1", port, "SIGTERM")
+        assert stop.asked_by == "SIGTERM"
+        stop.restore()
+        assert not ask_to_stop("127.0.0.1", port, "SIGTERM")  # it exports the model
+    finally:
+        dist.destroy_process_group()
+
+
+def test_a_port_that_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as other:
+        other.bind(("", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        for name, value in {
+            "RANK": 0,
+            "WORLD_SIZE": 2,
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": port,
+        }.items():
+            monkeypatch.setenv(name, str(value))
+        with pytest.raises(
+            ValueError, match=rf"MASTER_ADDR=127.0.0.1, MASTER_PORT={port}: .*--master_port N"
+        ):
+            meet()
 
 
 def test_the_command_without_ssh(
@@ -183,7 +296,7 @@ def test_a_bad_hostfile(tmp_path: Path, text: str | None, said: str) -> None:
 
 
 def test_slots_that_are_not_the_processes_asked_for(hosts: str) -> None:
-    with pytest.raises(ValueError, match=r"parallel.num_gpus=8 but .*hosts has 12 slots"):
+    with pytest.raises(ValueError, match=r"parallel.num_gpus=8 but 12 slots of .*hosts take part"):
         num_processes(spread(num_gpus=8), hosts)
 
 
@@ -221,18 +334,29 @@ def test_slurm_tells_a_process_its_place(monkeypatch: pytest.MonkeyPatch) -> Non
 
 @pytest.mark.parametrize(
     ("rank", "count", "visible", "mine"),
-    [("3", 8, "", 3), ("3", 1, "GPU-5", 0), ("0", 1, "", 0), ("3", 1, "0,1,2,3", None), ("4", 4, "", None)],
+    [
+        ("3", 8, "", 3),
+        ("3", 1, "GPU-5", 0),
+        ("0", 1, "", 0),
+        ("3", 1, "0,1,2,3", None),
+        ("4", 4, "", None),
+        ("3", 1, "", None),  # a machine of one GPU, and launchers that were told of more
+    ],
 )
 def test_which_gpu_is_a_processes_own(
     monkeypatch: pytest.MonkeyPatch, rank: str, count: int, visible: str, mine: int | None
 ) -> None:
     monkeypatch.setenv("LOCAL_RANK", rank)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    monkeypatch.setenv("SLURM_LOCALID", "0")  # as it is for a launcher under srun
     if mine is not None:
         assert local_gpu(count) == mine
         return
     with pytest.raises(ValueError, match=rf"has {count} GPUs .* process {int(rank) + 1} .* slots"):
         local_gpu(count)
+    monkeypatch.setenv("SLURM_LOCALID", rank)
+    if count == 1:
+        assert local_gpu(count) == 0  # srun may hide the others from each
 
 
 def test_a_worker_that_was_killed_is_told_of(

@@ -171,12 +171,14 @@ def test_deepspeed_launchers_without_ssh_save_when_one_is_told_to_stop(shop: Wor
 
 def test_deepspeed_over_ssh_saves_when_told_to_stop(shop: Workshop, cluster: dict[str, str]) -> None:
     yaml = shop.yaml("ssh", *SHARED, FOREVER)
-    nodes = Nodes([[*CLI, "train", str(yaml), "--hostfile", hostfile(shop.folder, 1, 1)]], [cluster])
-    nodes.await_steps(shop.folder / "ssh", 2)
+    name = "ssh$0{a,b}"  # which other nodes' shells must leave as it is
+    words = [str(yaml), f"log.run_dir={shop.folder / name}", "--hostfile", hostfile(shop.folder, 1, 1)]
+    nodes = Nodes([[*CLI, "train", *words]], [cluster])
+    nodes.await_steps(shop.folder / name, 2)
     nodes.running[0].send_signal(signal.SIGTERM)
     ended = nodes.finish()
     assert [status for status, _ in ended] == [0], ended
-    assert_stopped(shop, "ssh", "SIGTERM")
+    assert_stopped(shop, name, "SIGTERM")
 
 
 def test_the_sbatch_script_saves_when_its_time_is_up(shop: Workshop, cluster: dict[str, str]) -> None:
@@ -230,11 +232,22 @@ def own_folder_case(yaml: str, folders: list[str]) -> str:
     return str(refused.value)
 
 
+def refused_case(yaml: str, overrides: list[list[str]]) -> str:
+    from longseq.launch.config_file import load_config
+
+    groups = ProcessGroups.create()
+    with pytest.raises(ValueError, match=r"rank 0") as refused:
+        check_nodes(load_config(yaml, overrides[groups.rank]), groups)
+    return str(refused.value)
+
+
 def other_words_case() -> str:
     groups = ProcessGroups.create()
     require_same({"the data": "same"}, groups, "do better")
     with pytest.raises(ValueError, match="do better") as refused:
         require_same({"the data": "same", "the tokens": str(groups.rank)}, groups, "do better")
+    with pytest.raises(ValueError, match=r"rank 1 is 1 on rank 1 .*, and None on rank 0"):
+        require_same({f"rank {groups.rank}": "1"} if groups.rank else {}, groups, "do better")
     return str(refused.value)
 
 
@@ -247,7 +260,20 @@ def test_every_rank_hears_what_differs(shop: Workshop, tmp_path: Path) -> None:
     cases: dict[str, Any] = {
         name: (own_folder_case, {"yaml": yaml, "folders": paths}) for name, paths in folders.items()
     }
+    (tmp_path / "file").write_text("")
+    unwritable = [f"log.run_dir={tmp_path / 'file' / 'run'}"]
+    cases["unwritable"] = (refused_case, {"yaml": yaml, "overrides": [unwritable] * 2})
+    for rank in range(2):  # one path, with other things in it on another node
+        (tmp_path / f"{rank}.json").write_text(f'{{"steps_per_print": {rank + 7}}}')
+    by_path = [
+        ["parallel.zero_stage=1", f"parallel.deepspeed_config={tmp_path / f'{r}.json'}"] for r in (0, 1)
+    ]
+    cases["json"] = (refused_case, {"yaml": yaml, "overrides": by_path})
     found = run_cases(2, {**cases, "words": (other_words_case, {})})
+    for said in found["unwritable"]:
+        assert re.search(r"log\.run_dir=.*file/run cannot be written on rank 0 .*name another folder", said)
+    for said in found["json"]:
+        assert said.startswith("parallel.deepspeed_config.steps_per_print is 8 on rank 1 (")
     for said in found["own"]:
         assert "on rank 1" in said
         assert "name a folder that all nodes share" in said
