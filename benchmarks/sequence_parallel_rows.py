@@ -24,7 +24,8 @@ ranks and have weights, gradients and optimizer in them. Without ZeRO ("none") o
 gradients and runs forward and backward alone; "at once" is how many such ran beside each other, whose mean
 it is. "Model TFLOP/s" counts causal attention once and nothing that is recomputed. "Run" is when a launch
 began: launches of one day may have had other machines. "KiB/token" is the slope of the peak from the
-variant's next shorter length, by tokens of a rank. "All-to-all MiB a layer" is what a rank sends to others in a step, counted, and "predicted" the formula.
+variant's next shorter length, by tokens of a rank. "All-to-all MiB a layer" is what a rank sends to others in
+a step, counted, and "predicted" the formula.
 
 A variant whose loss or gradient norm on a short sequence is not that of transformers' own layers, with the
 whole sequence on each rank, or whose loss at a length is not that of the row that was there first, has no
