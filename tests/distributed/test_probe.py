@@ -25,6 +25,8 @@ OPTIMIZERS = {
     "SGD with momentum": lambda params: torch.optim.SGD(params, lr=1.0, momentum=0.9),
 }
 
+PAIRS = [*((stage, "AdamW") for stage in STAGES), (0, "SGD with momentum"), (2, "SGD with momentum")]
+
 
 def make_engine(stage: int, optimizer: str, dtype: torch.dtype, accumulation: int) -> tuple[Engine, Any]:
     groups = ProcessGroups.create(2)
@@ -73,6 +75,21 @@ def ddp_case() -> list[float]:
     return measured
 
 
+def adapters_case() -> float:
+    """Adapters as they begin: the second factor is 0, so that the first ones, all smaller, get nothing."""
+    groups = ProcessGroups.create()
+    first = [nn.Parameter(torch.ones(2, 3)) for _ in range(20)]
+    second = [nn.Parameter(torch.zeros(5, 2)) for _ in range(20)]
+
+    def backward() -> None:
+        ones = torch.full((3,), 1.0 + groups.rank)
+        sum((b @ a @ ones).sum() for a, b in zip(first, second, strict=True)).backward()
+        for param in (*first, *second):
+            groups.all_sum(param.grad)
+
+    return measure_reducer_divisor([*first, *second], backward, lambda param: param.grad, groups)
+
+
 def no_gradient_case() -> str:
     groups = ProcessGroups.create()
     layer = nn.Linear(3, 2)
@@ -85,8 +102,7 @@ def no_gradient_case() -> str:
 def outcomes() -> dict[str, list]:
     cases: dict[str, Any] = {
         f"ZeRO {stage}, {optimizer}": (engine_case, {"stage": stage, "optimizer": optimizer})
-        for stage in STAGES
-        for optimizer in OPTIMIZERS
+        for stage, optimizer in PAIRS
     }
     for stage in (1, 2, 3):
         cases[f"ZeRO {stage}, bf16"] = (
@@ -94,12 +110,11 @@ def outcomes() -> dict[str, list]:
             {"stage": stage, "optimizer": "AdamW", "dtype": "bfloat16"},
         )
     cases["expected another"] = (engine_case, {"stage": 2, "optimizer": "AdamW", "expected": 1.0})
-    cases |= {fn.__name__: (fn, {}) for fn in (ddp_case, no_gradient_case)}
+    cases |= {fn.__name__: (fn, {}) for fn in (ddp_case, adapters_case, no_gradient_case)}
     return run_cases(2, cases)
 
 
-@pytest.mark.parametrize("stage", STAGES)
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize(("stage", "optimizer"), PAIRS)
 def test_what_is_measured_is_what_is_known_and_nothing_else_changes(
     outcomes: dict[str, list], stage: int, optimizer: str
 ) -> None:
@@ -128,6 +143,10 @@ def test_any_reducer_can_be_measured_and_an_unknown_one_is_refused(outcomes: dic
     for mean, strange in outcomes["ddp_case"]:
         assert mean == 2.0
         assert "divides the ranks' summed gradients by 6, and known are 1, 2" in strange
+
+
+def test_adapters_whose_first_factors_have_no_gradient_yet_are_measured(outcomes: dict[str, list]) -> None:
+    assert outcomes["adapters_case"] == [1.0, 1.0]
 
 
 def test_no_gradient_measures_nothing(outcomes: dict[str, list]) -> None:
