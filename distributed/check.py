@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -18,6 +19,8 @@ from .sequence import IGNORE_INDEX, shard_batch, shift_labels
 
 ROUNDINGS = 1e5
 """Of the dtype's, that two ways to the same gradient may differ by: 2e-11 in float64."""
+LARGEST = 0.1
+"""Difference that is never a rounding, in bfloat16 either."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +42,7 @@ class SequenceCheck:
     @property
     def worst(self) -> tuple[str, float]:
         """The weight whose gradient differs most, and by how much."""
-        return max(self.gradients.items(), key=lambda item: item[1])
+        return max(self.gradients.items(), key=lambda item: math.inf if math.isnan(item[1]) else item[1])
 
     @property
     def is_right(self) -> bool:
@@ -65,7 +68,8 @@ def compare_with_one_rank(
         model: A Hugging Face causal LM that nothing has been applied to.
         groups: The process groups.
         batch: `input_ids` and unshifted `labels` `(B, L)`, perhaps `document_offsets`.
-        tolerance: Relative difference that counts as the same; None takes 1e5 roundings of the model's dtype.
+        tolerance: Relative difference that counts as the same; None takes 1e5 roundings of the model's dtype,
+            at most 0.1.
         apply: What is put on the model beside `apply_ulysses`, such as mini-sequences (with `loss="logits"`);
             it returns what takes it off again.
 
@@ -73,7 +77,7 @@ def compare_with_one_rank(
         ValueError: As `apply_ulysses` and `shard_batch`.
     """
     if tolerance is None:
-        tolerance = ROUNDINGS * torch.finfo(next(model.parameters()).dtype).eps
+        tolerance = min(ROUNDINGS * torch.finfo(next(model.parameters()).dtype).eps, LARGEST)
     wanted_loss, wanted = _loss_and_grads(model, _documents(batch))
     with ExitStack() as applied:
         applied.callback(apply_ulysses(model, groups).undo)

@@ -69,7 +69,9 @@ def test_an_exchange_that_loses_something_is_found(outcomes: dict[str, list], wh
 
 
 def test_nan_is_not_right() -> None:
-    right, wrong = (SequenceCheck(1.0, 1.0, {"weight": error}, 1e-4) for error in (1e-9, float("nan")))
+    right, wrong = (
+        SequenceCheck(1.0, 1.0, {"first": 0.0, "other": error}, 1e-4) for error in (1e-9, float("nan"))
+    )
     assert right.is_right
     assert not wrong.is_right
     findings = [Finding("float64", 0, right), Finding("bfloat16", 0, right), Finding("float64", 1, wrong)]
