@@ -52,7 +52,7 @@ MASKS = ("none", "one rank's", "all but the last")
 SCENARIOS = list(itertools.product(LENGTHS, (False, True), MASKS))
 VOCAB = 31
 EVERYTHING = "LONGSEQ_TEST_WHOLE_GRID"
-"""Set in the environment, it runs every combination through all twelve scenarios, for half an hour; otherwise
+"""Set in the environment, it runs every combination through all twelve scenarios, for ten minutes; otherwise
 every pair of heads and reducer, of layout and heads and of layout and reducer is there, with one accumulation
 or the other, and four scenarios."""
 LR = 2.0**-5  # small, or twelve steps would make a difference of rounding a large one
