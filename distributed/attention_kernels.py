@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib import metadata
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -201,6 +201,19 @@ def by_token(tensor: Tensor, documents: Documents) -> Tensor:
     """`(B, heads, L, H)` -> `(B, L, heads, H)`, or `(L, heads, H)` where documents are packed; a view."""
     tokens = dense_rows(tensor).transpose(1, 2)
     return tokens[0] if len(documents.spans) > 1 else tokens
+
+
+def packed_arguments(query: Tensor, documents: Documents) -> dict[str, Any]:
+    """Where packed documents begin and end, in the words of the flash-attn packages; nothing for one."""
+    if len(documents.spans) <= 1:
+        return {}
+    offsets = documents.offsets_on(query.device)
+    return {
+        "cu_seqlens_q": offsets,
+        "cu_seqlens_k": offsets,
+        "max_seqlen_q": documents.longest,
+        "max_seqlen_k": documents.longest,
+    }
 
 
 def by_head(tensor: Tensor) -> Tensor:

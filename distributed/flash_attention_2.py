@@ -22,6 +22,7 @@ from .attention_kernels import (
     needs_ampere,
     needs_low_precision_gpu,
     needs_width,
+    packed_arguments,
 )
 
 VERSION = installed_version("flash-attn")
@@ -82,11 +83,7 @@ def _arguments(
         "softcap": options.softcap or 0.0,
         "alibi_slopes": slopes,
     }
-    if len(documents.spans) > 1:
-        offsets = documents.offsets_on(query.device)
-        arguments |= {"cu_seqlens_q": offsets, "cu_seqlens_k": offsets}
-        arguments |= {"max_seqlen_q": documents.longest, "max_seqlen_k": documents.longest}
-    return arguments
+    return arguments | packed_arguments(query, documents)
 
 
 def _forward(

@@ -21,6 +21,7 @@ from .attention_kernels import (
     installed_version,
     needs_low_precision_gpu,
     needs_width,
+    packed_arguments,
 )
 
 INSTALLED = installed_version("flash-attn-3") is not None
@@ -63,11 +64,7 @@ def _arguments(query: Tensor, options: AttentionOptions, documents: Documents) -
         "window_size_right": -1 if window is None else 0,
         "softcap": options.softcap or 0.0,
     }
-    if len(documents.spans) > 1:
-        offsets = documents.offsets_on(query.device)
-        arguments |= {"cu_seqlens_q": offsets, "cu_seqlens_k": offsets}
-        arguments |= {"max_seqlen_q": documents.longest, "max_seqlen_k": documents.longest}
-    return arguments
+    return arguments | packed_arguments(query, documents)
 
 
 def _forward(

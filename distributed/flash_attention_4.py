@@ -20,6 +20,7 @@ from .attention_kernels import (
     by_token,
     installed_version,
     needs_low_precision_gpu,
+    packed_arguments,
 )
 
 INSTALLED = installed_version("flash-attn-4") is not None
@@ -63,11 +64,7 @@ def _arguments(query: Tensor, options: AttentionOptions, documents: Documents) -
     }
     if options.window is not None:
         arguments |= {"window_size_left": options.window - 1, "window_size_right": 0}
-    if len(documents.spans) > 1:
-        offsets = documents.offsets_on(query.device)
-        arguments |= {"cu_seqlens_q": offsets, "cu_seqlens_k": offsets}
-        arguments |= {"max_seqlen_q": documents.longest, "max_seqlen_k": documents.longest}
-    return arguments
+    return arguments | packed_arguments(query, documents)
 
 
 def _forward(

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from .engine import Engine
 from .groups import ProcessGroups
 from .sequence import shard_batch
+from .zero_state import whole_shape
 
 logger = logging.getLogger(__name__)
 
@@ -76,7 +77,7 @@ def measure_reducer_divisor(
     squares = torch.zeros(2, dtype=torch.float64, device=device)
     for param, mine, found in zip(watched, sums, reduced, strict=True):
         # Every rank joins in each sum, whether its own tokens reached the weight or not.
-        zeros = torch.zeros(_num_elements(param), dtype=torch.float64, device=device)
+        zeros = torch.zeros(whole_shape(param).numel(), dtype=torch.float64, device=device)
         total = groups.all_sum(zeros if mine is None else mine.flatten().clone())
         found = zeros if found is None else found.flatten().to(device, torch.float64)
         squares += torch.stack([total @ total, total @ found])
@@ -124,7 +125,7 @@ def _watched(params: Iterable[nn.Parameter]) -> list[nn.Parameter]:
     """A few of each size, from the smallest up: one half of an adapter alone has no gradient at first."""
     by_size: dict[int, list[nn.Parameter]] = {}
     for param in params:
-        by_size.setdefault(_num_elements(param), []).append(param)
+        by_size.setdefault(whole_shape(param).numel(), []).append(param)
     watched: list[nn.Parameter] = []
     num_elements = 0
     for size, alike in sorted(by_size.items(), key=lambda item: item[0]):
@@ -133,10 +134,6 @@ def _watched(params: Iterable[nn.Parameter]) -> list[nn.Parameter]:
         watched += alike[:WATCHED_OF_A_SIZE]
         num_elements += size * len(alike[:WATCHED_OF_A_SIZE])
     return watched
-
-
-def _num_elements(param: nn.Parameter) -> int:
-    return getattr(param, "ds_numel", param.numel())  # ZeRO-3 leaves nothing of a weight that it has sharded
 
 
 def _known(measured: float, groups: ProcessGroups) -> float:

@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from .zero_state import whole_shape
+
 PERSISTENT_NUMEL = 100_000
 """Weights up to this size (norms, biases) stay whole on every rank: DeepSpeed's own default."""
 
@@ -90,7 +92,7 @@ def gathered_sizes(module: nn.Module) -> GatheredSizes:
 def _gathered_together(module: nn.Module) -> Iterator[tuple[list[int], bool]]:
     # The mark that gather_whole (zero.py) leaves, and DeepSpeed looks for.
     is_marked = bool(module.__dict__.get("_z3_leaf"))
-    yield [getattr(p, "ds_numel", p.numel()) for p in module.parameters(recurse=is_marked)], is_marked
+    yield [whole_shape(param).numel() for param in module.parameters(recurse=is_marked)], is_marked
     for child in () if is_marked else module.children():
         yield from _gathered_together(child)
 
