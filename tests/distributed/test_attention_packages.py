@@ -1,4 +1,7 @@
-"""flash-attn 2 and 3: what they are told, shown with stand-ins in float64, and themselves where installed."""
+"""flash-attn 2 and 3: what they are told, shown with stand-ins in float64.
+
+Themselves, where they are installed, are run by test_attention_per_head.py.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,6 @@ import torch
 from attention_problems import (
     PROBLEMS,
     assert_equal,
-    inputs,
     masked,
     ours,
     per_head_of,
@@ -19,7 +21,6 @@ from attention_problems import (
     problem,
 )
 from flash_stand_ins import define_flash_attn_3, flash_attn_2, flash_attn_3
-from numerics import assert_as_accurate_as
 
 from longseq.distributed import flash_attention_2, flash_attention_3, flash_attention_4
 from longseq.distributed.attention import attention_backward, attention_forward, choose_kernel
@@ -194,36 +195,3 @@ def test_a_broken_package_says_what_to_do(
     tensors, options, _ = problem("causal", kernel)
     with pytest.raises(ImportError, match=message):
         attention_forward(*tensors, options)
-
-
-GPU_PROBLEMS = [
-    ("fa2", {"length": 1000, "rows": 2}, {}, ("sinks",)),
-    ("fa2", {"length": 2999}, {"window": 700, "softcap": 5.0}, ()),
-    ("fa2", {"length": 2999}, {"documents": (0, 1000, 1001, 1001, 2999)}, ("sinks",)),
-    ("fa2", {"length": 2999}, {}, ("sinks", "alibi_slopes")),
-    ("fa2", {"length": 2999}, {"documents": (0, 1000, 1001, 2999), "window": 300}, ("alibi_slopes",)),
-    ("fa3", {"length": 1000, "rows": 2}, {}, ("sinks",)),
-    ("fa3", {"length": 2999}, {"window": 700, "softcap": 5.0}, ()),
-    ("fa3", {"length": 2999}, {"documents": (0, 1000, 1001, 1001, 2999)}, ("sinks",)),
-]
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("heads", [(8, 8), (8, 2)])
-@pytest.mark.parametrize(("kernel", "sizes", "rules", "kinds"), GPU_PROBLEMS)
-def test_they_are_as_near_to_the_truth_as_plain_pytorch(
-    kernel: str, sizes: dict, rules: dict, kinds: tuple[str, ...], heads: tuple[int, int]
-) -> None:
-    scale = 0.09  # of scores of standard deviation 4: peaked, not one-hot
-    tensors = inputs(heads=heads, width=128, device="cuda", dtype=torch.bfloat16, **sizes)
-    options = AttentionOptions(scale, rules.get("window"), rules.get("softcap"), kernel)
-    per_head = per_head_of(heads[0], *kinds, device="cuda", dtype=torch.float32)
-    try:
-        choose_kernel(*tensors[:2], options, _offsets(rules.get("documents")), per_head)
-    except ValueError as refusal:
-        pytest.skip(str(refusal))
-    got = ours(tensors, options, rules.get("documents"), per_head)
-    truth = plain(tuple(tensor.double() for tensor in tensors), per_head, scale=scale, **rules)
-    theirs = plain(tensors, per_head, scale=scale, **rules)
-    for part, value in got.items():
-        assert_as_accurate_as(value, theirs[part], truth[part], name=part)

@@ -209,6 +209,14 @@ GPU_PROBLEMS = [
     ("fa4", {"length": 2999}, {"window": 128}, ("sinks",)),
     ("fa4", {"length": 2999}, {"documents": (0, 1000, 1001, 1001, 2999)}, ("sinks",)),
     ("blockwise", {"length": 1777}, {"softcap": 5.0, "window": 600}, ("sinks", "alibi_slopes")),
+    ("fa2", {"length": 1000, "rows": 2}, {}, ("sinks",)),
+    ("fa2", {"length": 2999}, {"window": 700, "softcap": 5.0}, ()),
+    ("fa2", {"length": 2999}, {"documents": (0, 1000, 1001, 1001, 2999)}, ("sinks",)),
+    ("fa2", {"length": 2999}, {}, ("sinks", "alibi_slopes")),
+    ("fa2", {"length": 2999}, {"documents": (0, 1000, 1001, 2999), "window": 300}, ("alibi_slopes",)),
+    ("fa3", {"length": 1000, "rows": 2}, {}, ("sinks",)),
+    ("fa3", {"length": 2999}, {"window": 700, "softcap": 5.0}, ()),
+    ("fa3", {"length": 2999}, {"documents": (0, 1000, 1001, 1001, 2999)}, ("sinks",)),
 ]
 
 
