@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 from abc import ABC, abstractmethod
 from contextlib import nullcontext
 from pathlib import Path
@@ -12,6 +14,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from ..apollo import Apollo
+from ..apollo.in_backward import step_in_backward
+from .apollo_state import apollo_pieces, load_apollo
 from .groups import ProcessGroups
 from .state_files import (
     WEIGHT,
@@ -25,6 +30,8 @@ from .state_files import (
 )
 
 REDUCE_BUCKET_BYTES = 2**28
+NORM_FILE = "in_backward.json"
+"""In a checkpoint, what the step after it clips by where weights are updated in backward."""
 
 
 class NonFiniteGradientError(RuntimeError):
@@ -34,8 +41,8 @@ class NonFiniteGradientError(RuntimeError):
 class Engine(ABC):
     """Runs a model forward, backward and through one optimizer step.
 
-    Call it like the model. A step is: `backward` once for each of the `accumulation_steps` micro batches,
-    `step` after each of them; the last `step` reduces, clips and updates.
+    Call it like the model. A step is: `begin_step`, then for each of the `accumulation_steps` micro batches
+    `backward` and `step`; the last `step` reduces, clips and updates.
     """
 
     module: nn.Module
@@ -50,6 +57,9 @@ class Engine(ABC):
     def __call__(self, **batch: Any) -> Any:
         """The model's output."""
 
+    def begin_step(self, lr: float) -> None:  # noqa: B027
+        """Say the learning rate of the step, for an engine that updates weights during `backward`."""
+
     @abstractmethod
     def backward(self, loss: Tensor) -> None:
         """Add the gradients of one micro batch."""
@@ -62,7 +72,8 @@ class Engine(ABC):
             The global gradient norm before clipping, or None between two updates.
 
         Raises:
-            NonFiniteGradientError: Before the update, on every rank.
+            NonFiniteGradientError: On every rank, before the update; where that is made during `backward`,
+                after it, and weights whose own gradient is finite were updated.
         """
 
     @abstractmethod
@@ -89,7 +100,8 @@ class Engine(ABC):
 class LocalEngine(Engine):
     """The whole model on each rank; gradients are summed over the ranks before the update.
 
-    Weights, gradients and optimizer states are float32; `bf16` is autocast.
+    Weights keep the dtype that they have; `bf16` is autocast. `in_backward` updates each weight as soon as
+    its gradient is complete (`apollo/in_backward.py`), and clips by the norm of the step before.
     """
 
     zero_stage = 0
@@ -104,7 +116,19 @@ class LocalEngine(Engine):
         accumulation_steps: int = 1,
         clip_norm: float | None = None,
         bf16: bool = False,
+        in_backward: bool = False,
     ) -> None:
+        if in_backward and (groups.world_size > 1 or accumulation_steps > 1):
+            raise ValueError(
+                f"in_backward=True with {groups.world_size} processes and {accumulation_steps} "
+                "micro-batches a step: a weight would be updated before its gradient is whole. Use one of "
+                "each."
+            )
+        if any(hasattr(param, "quantized") for param in module.parameters()):
+            raise ValueError(
+                "the model has weights in 8 bits (apollo.quantize_linears), which this engine's checkpoints do "
+                "not hold; train it in a loop of your own, or without quantize_linears."
+            )
         self.module = module
         self._optimizer = optimizer
         self._groups = groups
@@ -114,16 +138,23 @@ class LocalEngine(Engine):
         self._micro_steps = 0
         self._is_summed = False
         self._params = [param for param in module.parameters() if param.requires_grad]
+        self._in_backward = step_in_backward(optimizer, module, clip_norm=clip_norm) if in_backward else None
 
     def __call__(self, **batch: Any) -> Any:
         device = self._params[0].device.type
         with torch.autocast(device, torch.bfloat16) if self._bf16 else nullcontext():
             return self.module(**batch)
 
+    def begin_step(self, lr: float) -> None:
+        for group in self._optimizer.param_groups:
+            group["lr"] = lr
+
     def backward(self, loss: Tensor) -> None:
         loss.backward()
 
     def step(self, lr: float) -> float | None:
+        if self._in_backward is not None:
+            return _finite(float(self._in_backward.finish_step()))
         self._micro_steps += 1
         if self._micro_steps % self.accumulation_steps:
             return None
@@ -131,11 +162,10 @@ class LocalEngine(Engine):
         self._is_summed = False
         norm_tensor = nn.utils.clip_grad_norm_(self._params, self._clip_norm or float("inf"))
         norm = float(norm_tensor)  # the step's one wait for the device: no update may follow a NaN
-        if not torch.isfinite(norm_tensor):
+        if not math.isfinite(norm):
             self._optimizer.zero_grad(set_to_none=True)
-            raise NonFiniteGradientError(f"gradient norm is {norm}")
-        for group in self._optimizer.param_groups:
-            group["lr"] = lr
+        _finite(norm)
+        self.begin_step(lr)
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
         return norm
@@ -144,25 +174,47 @@ class LocalEngine(Engine):
         if not self._groups.is_main:
             return
         folder.mkdir(parents=True, exist_ok=True)
-        weights, states = [], []
         # Frozen weights are where they came from: a checkpoint of adapters holds the adapters.
-        for name, param in self._named_params():
-            tensors, scalars = split_state(self._optimizer.state.get(param, {}), param)
-            weights.append(Piece(name, tuple(param.shape), 0, {WEIGHT: param}))
-            states.append(Piece(name, tuple(param.shape), 0, tensors, scalars))
+        weights = [
+            Piece(name, tuple(param.shape), 0, {WEIGHT: param}) for name, param in self._named_params()
+        ]
+        states = self._state_pieces()
         buffers = persistent_buffers(self.module)
         write_pieces(folder / "model.safetensors", weights, num_files=2, buffers=buffers)
         write_pieces(folder / "optimizer.safetensors", states, num_files=2)
+        if self._in_backward is not None and self._in_backward.previous_norm is not None:
+            norm = {"previous_norm": float(self._in_backward.previous_norm)}
+            (folder / NORM_FILE).write_text(json.dumps(norm))
 
     @torch.no_grad()
     def load(self, folder: Path) -> None:
         saved = SavedState(folder)
         shapes = {name: tuple(param.shape) for name, param in self._named_params()}
         saved.check(shapes, persistent_buffers(self.module))
-        group_of = {param: group for group in self._optimizer.param_groups for param in group["params"]}
         for name, param in self._named_params():
             param.copy_(saved.whole(name, dtype=param.dtype))
-            # The settings in the groups stay the config's.
+        if isinstance(self._optimizer, Apollo):
+            load_apollo(self._optimizer, saved)
+        else:
+            self._load_states(saved)
+        load_buffers(self.module, saved)
+        if self._in_backward is not None and (folder / NORM_FILE).is_file():
+            norm = json.loads((folder / NORM_FILE).read_text())["previous_norm"]
+            self._in_backward.previous_norm = torch.tensor(norm, device=self._params[0].device)
+
+    def _state_pieces(self) -> list[Piece]:
+        if isinstance(self._optimizer, Apollo):
+            return apollo_pieces(self._optimizer)
+        pieces = []
+        for name, param in self._named_params():
+            tensors, scalars = split_state(self._optimizer.state.get(param, {}), param)
+            pieces.append(Piece(name, tuple(param.shape), 0, tensors, scalars))
+        return pieces
+
+    def _load_states(self, saved: SavedState) -> None:
+        """The settings in the groups stay the config's."""
+        group_of = {param: group for group in self._optimizer.param_groups for param in group["params"]}
+        for name, param in self._named_params():
             self._optimizer.state[param] = {
                 **{key: saved.whole(name, key, param.dtype).to(param.device) for key in saved.states(name)},
                 **{
@@ -170,7 +222,6 @@ class LocalEngine(Engine):
                     for key, value in saved.scalars(name).items()
                 },
             }
-        load_buffers(self.module, saved)
 
     def _named_params(self) -> list[tuple[str, nn.Parameter]]:
         return [(name, param) for name, param in self.module.named_parameters() if param.requires_grad]
@@ -195,6 +246,12 @@ class LocalEngine(Engine):
             dist.all_reduce(flat)
             for grad, part in zip(bucket, flat.split([grad.numel() for grad in bucket]), strict=True):
                 grad.copy_(part.view_as(grad))
+
+
+def _finite(norm: float) -> float:
+    if not math.isfinite(norm):
+        raise NonFiniteGradientError(f"gradient norm is {norm}")
+    return norm
 
 
 def _buckets(grads: list[Tensor]) -> list[list[Tensor]]:

@@ -9,8 +9,8 @@ ones is in the file's metadata, as JSON, beside the states that are single numbe
      "scalars": {"norm.weight": {"step": {"dtype": "float32", "value": 3.0}}},
      "buffers": ["rotary.table"]}
 
-`shape` is the whole parameter's. A piece that is all of it is stored in that shape, any other one flat.
-"""
+`shape` is the whole parameter's, or the whole state's where the optimizer keeps less of it. A piece that is
+all of it is stored in that shape, any other one flat."""
 
 from __future__ import annotations
 
@@ -51,12 +51,12 @@ NUMBERS = (bool, int, float, str, type(None))
 
 @dataclass(frozen=True)
 class Piece:
-    """Consecutive elements of one parameter.
+    """Consecutive elements of one parameter, or of a state of it that has another shape.
 
     Attributes:
         parameter: Its name in the model.
-        shape: Of the whole parameter.
-        start: The first element, in the flat parameter.
+        shape: Of the whole parameter, or state.
+        start: The first element, in the flat whole.
         tensors: `WEIGHT` and optimizer states, of one size.
         scalars: Optimizer states that are numbers, such as `step`.
     """
@@ -199,6 +199,7 @@ class SavedState:
         self._buffers: dict[str, Path] = {}
         self._pieces: dict[str, dict[str, list[_Stored]]] = {}
         self._scalars: dict[str, dict[str, Any]] = {}
+        self._shapes: dict[tuple[str, str], tuple[int, ...]] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
         self._num_files, self._num_there = 0, 0
         for path in sorted(folder.glob("*.safetensors")):
@@ -218,7 +219,9 @@ class SavedState:
         self._buffers |= dict.fromkeys(index["buffers"], path)
         for key, entry in index["tensors"].items():
             name = entry["parameter"]
-            self.shapes[name] = tuple(entry["shape"])
+            shape = self._shapes[name, entry["state"]] = tuple(entry["shape"])
+            if entry["state"] == WEIGHT or name not in self.shapes:
+                self.shapes[name] = shape
             numel = math.prod(self._file(path).get_slice(key).get_shape())
             stored = _Stored(path, key, entry["start"], entry["start"] + numel)
             self._pieces.setdefault(name, {}).setdefault(entry["state"], []).append(stored)
@@ -233,6 +236,10 @@ class SavedState:
     def states(self, parameter: str) -> list[str]:
         """The tensor-valued optimizer states that there are of a parameter."""
         return [state for state in self._pieces[parameter] if state != WEIGHT]
+
+    def state_shape(self, parameter: str, state: str) -> tuple[int, ...]:
+        """Of a whole state; that of its weight, unless the optimizer keeps less."""
+        return self._shapes[parameter, state]
 
     def scalars(self, parameter: str) -> dict[str, Any]:
         """The optimizer's numbers of a parameter, for `loaded_scalar`."""
@@ -275,7 +282,7 @@ class SavedState:
         what = name if state == WEIGHT else f"{state} of {name}"
         pieces = self._pieces[name][state]
         pieces.sort(key=lambda piece: piece.start)
-        numel = math.prod(self.shapes[name])
+        numel = math.prod(self._shapes[name, state])
         for start, next_stop in [*((piece.start, piece.stop) for piece in pieces), (numel, numel)]:
             if start > stop:
                 raise ValueError(
@@ -319,7 +326,7 @@ class SavedState:
 
     def whole(self, parameter: str, state: str = WEIGHT, dtype: torch.dtype = torch.float32) -> Tensor:
         """All of a weight or a state, in its shape, on the CPU."""
-        out = torch.empty(self.shapes[parameter], dtype=dtype)
+        out = torch.empty(self._shapes[parameter, state], dtype=dtype)
         self.read_into(out.view(-1), parameter, state, 0)
         return out
 

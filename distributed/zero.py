@@ -11,6 +11,7 @@ import io
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from ..apollo import Apollo
+from .apollo_state import apollo_pieces, lay_out_apollo, load_apollo
 from .engine import Engine, NonFiniteGradientError
 from .groups import ProcessGroups
 from .zero_config import ZeroOptions
@@ -43,6 +46,9 @@ class DeepSpeedEngine(Engine):
             config = options.deepspeed_config(groups.world_size, module)
             self._engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config)
         self.module = self._engine.module
+        self._apollo = optimizer if isinstance(optimizer, Apollo) else None
+        if self._apollo is not None:
+            lay_out_apollo(self._engine.optimizer, self.module)
         self._micro_steps = 0
         self.accumulation_steps = options.accumulation_steps
 
@@ -78,11 +84,14 @@ class DeepSpeedEngine(Engine):
     def save(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"rank-{self._groups.rank:05d}.safetensors"
-        save_partitions(path, self._engine.optimizer, self.module, num_files=self._groups.world_size)
+        states = [] if self._apollo is None else apollo_pieces(self._apollo)
+        num_files = self._groups.world_size
+        save_partitions(path, self._engine.optimizer, self.module, num_files=num_files, states=states)
 
     def load(self, folder: Path) -> None:
         with _quiet_deepspeed():
-            load_partitions(folder, self._engine.optimizer, self.module)
+            load_states = None if self._apollo is None else partial(load_apollo, self._apollo)
+            load_partitions(folder, self._engine.optimizer, self.module, load_states)
 
 
 def _cast_what_is_whole(module: nn.Module, options: ZeroOptions) -> None:

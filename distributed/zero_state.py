@@ -9,7 +9,7 @@ consecutive elements of a parameter, which is what `state_files` stores.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -69,13 +69,19 @@ class Partition:
     spans: list[Span]
 
 
-def partitions(optimizer: Any) -> list[Partition]:
-    """What this rank steps of a DeepSpeed ZeRO optimizer, whichever its stage."""
+def partitions(optimizer: Any, rank: int | None = None) -> list[Partition]:
+    """What a rank steps of a DeepSpeed ZeRO optimizer, whichever its stage.
+
+    Args:
+        optimizer: DeepSpeed's.
+        rank: Whose spans; this rank's own if None. Masters are this rank's.
+    """
+    rank = dist.get_rank(optimizer.dp_process_group) if rank is None else rank
     groups = optimizer.optimizer.param_groups
     if hasattr(optimizer, "fp32_partitioned_groups_flat"):
         group_of = optimizer.sub_group_to_group_id
         return [
-            Partition(master, groups[group_of[i]], list(_cut_parameters(params)))
+            Partition(master, groups[group_of[i]], list(_cut_parameters(params, rank)))
             for i, (master, params) in enumerate(
                 zip(optimizer.fp32_partitioned_groups_flat, optimizer.fp16_groups, strict=True)
             )
@@ -89,19 +95,18 @@ def partitions(optimizer: Any) -> list[Partition]:
         offsets_of = [
             list(accumulate((param.numel() for param in params[:-1]), initial=0)) for params in params_of
         ]
-    rank = dist.get_rank(optimizer.dp_process_group)
     return [
         Partition(master, group, list(_cut_group(params, offsets, master.numel(), rank)))
         for master, group, params, offsets in zip(masters, groups, params_of, offsets_of, strict=True)
     ]
 
 
-def _cut_parameters(params: list[nn.Parameter]) -> Iterator[Span]:
+def _cut_parameters(params: list[nn.Parameter], rank: int) -> Iterator[Span]:
     """ZeRO 3: every rank has a part of the same size of every parameter, the last ones padded."""
     offset = 0
     for param in params:
         size = param.partition_numel()
-        start = min(size * dist.get_rank(param.ds_process_group), param.ds_numel)
+        start = min(size * rank, param.ds_numel)
         yield Span(param, start, offset, min(size, param.ds_numel - start))
         offset += size
 
@@ -114,10 +119,15 @@ def _cut_group(params: list[nn.Parameter], offsets: Iterable[int], size: int, ra
         yield Span(param, first - offset, min(max(first - rank * size, 0), size), last - first)
 
 
-def save_partitions(path: Path, optimizer: Any, module: nn.Module, *, num_files: int) -> None:
-    """Write what this rank owns into one of a checkpoint's files; the first rank's has the buffers too."""
+def save_partitions(
+    path: Path, optimizer: Any, module: nn.Module, *, num_files: int, states: Sequence[Piece] = ()
+) -> None:
+    """Write what this rank owns into one of a checkpoint's files; the first rank's has the buffers too.
+
+    `states` are those of an optimizer that keeps other states than elements of the flat tensors.
+    """
     names = {param: name for name, param in module.named_parameters()}
-    pieces = []
+    pieces = list(states)
     for part in partitions(optimizer):
         states, scalars = split_state(optimizer.optimizer.state.get(part.master, {}), part.master)
         tensors = {WEIGHT: part.master.detach(), **states}
@@ -130,10 +140,16 @@ def save_partitions(path: Path, optimizer: Any, module: nn.Module, *, num_files:
 
 
 @torch.no_grad()
-def load_partitions(folder: Path, optimizer: Any, module: nn.Module) -> None:
+def load_partitions(
+    folder: Path,
+    optimizer: Any,
+    module: nn.Module,
+    load_states: Callable[[SavedState], None] | None = None,
+) -> None:
     """Bring masters, states, the weights to compute with and buffers back from any layout's files.
 
-    Settings such as betas stay the optimizer's own.
+    Settings such as betas stay the optimizer's own. `load_states` is what brings other states back than
+    elements of the flat tensors.
 
     Raises:
         ValueError: A checkpoint of another model, or one that is not whole.
@@ -147,10 +163,13 @@ def load_partitions(folder: Path, optimizer: Any, module: nn.Module) -> None:
         spans = [(names[span.param], span) for span in part.spans]
         for name, span in spans:
             saved.read_into(part.master.narrow(0, span.offset, span.numel), name, WEIGHT, span.start)
-        state = optimizer.optimizer.state[part.master]
-        loaded = _states(saved, part, spans, state)
-        state.clear()
-        state.update(loaded)
+        if load_states is None:
+            state = optimizer.optimizer.state[part.master]
+            loaded = _states(saved, part, spans, state)
+            state.clear()
+            state.update(loaded)
+    if load_states is not None:
+        load_states(saved)
     load_buffers(module, saved)
     _compute_with_masters(optimizer, parts)
 

@@ -160,17 +160,43 @@ class ParallelConfig(Section):
     contradict the other keys, and "auto" takes theirs (needs zero_stage >= 1)."""
 
 
+class ApolloConfig(Section):
+    """APOLLO's own settings, for `optimizer.name` apollo and apollo-mini."""
+
+    rank: Count | None = None
+    """Rank of the projections; null is 256 for apollo and 1 for apollo-mini."""
+    update_gap: Count = 200
+    """Steps for which a projection stays."""
+    alpha: Positive | None = None
+    """What updates are multiplied by; null is 1 for apollo and the root of 128 for apollo-mini, which are for
+    pre-training. For fine-tuning the paper has 2 or 1 for apollo-mini."""
+    norm_growth_limit: Annotated[float, Field(gt=1)] | None = 1.01
+    """An update's norm is at most so many times the last one's; null sets no limit."""
+    embeddings: Literal["low_rank", "adamw", "adamw_8bit", "factored"] = "adamw"
+    """Rule of the embeddings and the LM head: AdamW, AdamW with moments in bytes, Adafactor's factored second
+    moment (not with ZeRO), or projected as the other matrices."""
+
+
 class OptimizerConfig(Section):
     """How weights are updated."""
 
-    name: Literal["adamw"] = "adamw"
-    """The optimizer."""
+    name: Literal["adamw", "apollo", "apollo-mini"] = "adamw"
+    """The optimizer; apollo has AdamW's results with a few numbers a row of each matrix, apollo-mini with
+    two."""
     lr: Positive = 2e-5
     """Peak learning rate."""
     betas: tuple[Share, Share] = (0.9, 0.95)
-    """Decay of AdamW's first and second moments."""
-    eps: Positive = 1e-8
-    """Added to the root of the second moment."""
+    """Decay of the first and second moments."""
+    eps: Positive | None = None
+    """Added to the root of the second moment; null is 1e-8, and 1e-6 for apollo and apollo-mini."""
+    apollo: ApolloConfig = Field(default_factory=ApolloConfig)
+    """Settings of apollo and apollo-mini."""
+    weights: Literal["float32", "bf16"] = "float32"
+    """What trained weights are kept in: float32, or bf16 with stochastic rounding (apollo and apollo-mini,
+    with train.precision bf16 and zero_stage 0)."""
+    in_backward: bool = False
+    """Update each weight as soon as its gradient is there and free the gradient (one process, one micro-batch
+    a step, zero_stage 0). `clip_norm` then clips by the norm of the step before."""
     weight_decay: NonNegative = 0.0
     """Decoupled weight decay, on matrices alone (no norm, no bias)."""
     clip_norm: Positive | None = 1.0
@@ -200,7 +226,7 @@ class TrainConfig(Section):
     micro_batch_sequences: Count = 1
     """Sequences that one group of `ulysses_degree` GPUs takes at once."""
     precision: Literal["float32", "bf16"] = "bf16"
-    """Arithmetic of the model; trained weights and optimizer states are kept in float32 in either."""
+    """Arithmetic of the model; trained weights are kept in float32 in either (see optimizer.weights)."""
     eval_every: Count | None = None
     """Steps between evaluations; null evaluates at the end alone."""
     eval_sequences: Count = 16

@@ -326,6 +326,63 @@ def _deepspeed_config_agrees(config: RunConfig, world_size: int | None) -> Itera
     )
 
 
+def _apollo_is_used(config: RunConfig, world_size: int | None) -> Iterator[str]:
+    optimizer = config.optimizer
+    if optimizer.name == "adamw":
+        defaults = type(optimizer.apollo)()
+        keys = type(defaults).model_fields
+        given = [key for key in keys if getattr(optimizer.apollo, key) != getattr(defaults, key)]
+        if given:
+            yield (
+                f"optimizer.apollo.{given[0]} has no effect with optimizer.name='adamw'; remove it, or set "
+                "optimizer.name=apollo or apollo-mini."
+            )
+        return
+    if optimizer.apollo.embeddings == "factored" and config.parallel.zero_stage > 0:
+        yield (
+            "optimizer.apollo.embeddings='factored' takes means of whole rows and columns, which "
+            f"parallel.zero_stage={config.parallel.zero_stage} cuts; use adamw_8bit or low_rank."
+        )
+
+
+def _weights_are_kept(config: RunConfig, world_size: int | None) -> Iterator[str]:
+    optimizer = config.optimizer
+    if optimizer.weights == "float32":
+        return
+    wrong = [
+        f"{key}={shown(value)}"
+        for key, value, fits in (
+            ("optimizer.name", optimizer.name, optimizer.name != "adamw"),
+            ("train.precision", config.train.precision, config.train.precision == "bf16"),
+            ("parallel.zero_stage", config.parallel.zero_stage, config.parallel.zero_stage == 0),
+        )
+        if not fits
+    ]
+    if wrong:
+        yield (
+            f"optimizer.weights='bf16' does not go with {listed(wrong)}: it needs optimizer.name=apollo or "
+            "apollo-mini, train.precision=bf16 and parallel.zero_stage=0; set these, or "
+            "optimizer.weights=float32."
+        )
+
+
+def _in_backward_has_one_gradient(config: RunConfig, world_size: int | None) -> Iterator[str]:
+    if not config.optimizer.in_backward:
+        return
+    parallel, train = config.parallel, config.train
+    if parallel.zero_stage > 0 or (world_size or 1) > 1 or parallel.ulysses_degree > 1:
+        yield (
+            "optimizer.in_backward=true updates a weight before other processes' gradients of it are added: "
+            "it needs parallel.num_gpus=1 and parallel.zero_stage=0; set these, or leave it out."
+        )
+    if train.global_batch_sequences != train.micro_batch_sequences:
+        yield (
+            "optimizer.in_backward=true updates a weight at each micro-batch, so a step has one: set "
+            f"train.global_batch_sequences={train.micro_batch_sequences} (train.micro_batch_sequences), or "
+            "leave it out."
+        )
+
+
 def _warmup_ends(config: RunConfig, world_size: int | None) -> Iterator[str]:
     warmup, steps = config.schedule.warmup_steps, config.train.steps
     if steps is not None and warmup >= steps:
@@ -403,6 +460,21 @@ RULES: tuple[Rule, ...] = (
             "train.micro_batch_sequences",
         ),
         _deepspeed_config_agrees,
+    ),
+    Rule(("optimizer.name", "optimizer.apollo", "parallel.zero_stage"), _apollo_is_used),
+    Rule(
+        ("optimizer.weights", "optimizer.name", "train.precision", "parallel.zero_stage"), _weights_are_kept
+    ),
+    Rule(
+        (
+            "optimizer.in_backward",
+            "parallel.zero_stage",
+            "parallel.num_gpus",
+            "parallel.ulysses_degree",
+            "train.global_batch_sequences",
+            "train.micro_batch_sequences",
+        ),
+        _in_backward_has_one_gradient,
     ),
     Rule(("schedule.warmup_steps", "train.steps"), _warmup_ends),
     Rule(("schedule.name", "schedule.final_ratio"), _final_ratio_is_used),

@@ -6,12 +6,33 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from ..apollo import Apollo, parameter_groups
 from ..distributed.zero_init import whole_shape
 from .config import OptimizerConfig
 
 
-def build_optimizer(model: nn.Module, config: OptimizerConfig) -> Optimizer:
-    """AdamW; weight decay on matrices alone, as norms and biases have no scale to be kept small."""
+def build_optimizer(model: nn.Module, config: OptimizerConfig, *, seed: int = 0) -> Optimizer:
+    """Weight decay is on matrices alone, as norms and biases have no scale to be kept small."""
+    return _adamw(model, config) if config.name == "adamw" else _apollo(model, config, seed)
+
+
+def _apollo(model: nn.Module, config: OptimizerConfig, seed: int) -> Apollo:
+    own = config.apollo
+    return Apollo(
+        parameter_groups(model, embeddings=own.embeddings, weight_decay=config.weight_decay),
+        config.lr,
+        rank=own.rank,
+        scale_type="channel" if config.name == "apollo" else "tensor",
+        update_gap=own.update_gap,
+        alpha=own.alpha,
+        betas=config.betas,
+        eps=config.eps or 1e-6,
+        norm_growth_limit=own.norm_growth_limit,
+        seed=seed,
+    )
+
+
+def _adamw(model: nn.Module, config: OptimizerConfig) -> Optimizer:
     trainable = [param for param in model.parameters() if param.requires_grad]
     matrices = [param for param in trainable if len(whole_shape(param)) >= 2]
     vectors = [param for param in trainable if len(whole_shape(param)) < 2]
@@ -21,4 +42,5 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> Optimizer:
         if params
     ]
     on_gpu = bool(trainable) and trainable[0].is_cuda
-    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=on_gpu or None)
+    eps = config.eps or 1e-8
+    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=eps, fused=on_gpu or None)

@@ -117,8 +117,9 @@ def build_engine(
     bf16 = config.train.precision == "bf16"
     use_zero = config.parallel.zero_stage > 0
     # ZeRO keeps float32 masters of its own, and frozen weights need none (peft makes adapters float32);
-    # otherwise the weights are the masters.
-    dtype = torch.bfloat16 if bf16 and (use_zero or config.model.lora is not None) else torch.float32
+    # otherwise the weights are the masters, unless they are to be rounded stochastically.
+    needs_none = use_zero or config.model.lora is not None or config.optimizer.weights == "bf16"
+    dtype = torch.bfloat16 if bf16 and needs_none else torch.float32
     options = _zero_options(config, plan) if use_zero else None
     # Under ZeRO-3 no rank could hold the whole of a model that needs it.
     sharded = options.deepspeed_config(groups.world_size) if options and options.stage == 3 else None
@@ -126,7 +127,7 @@ def build_engine(
     check_vocabulary(model, tokenizer)
     if config.model.name is None:
         name_special_tokens(model, tokenizer)
-    optimizer = build_optimizer(model, config.optimizer)
+    optimizer = build_optimizer(model, config.optimizer, seed=config.train.seed)
     if options is None:
         return LocalEngine(
             model,
@@ -135,6 +136,7 @@ def build_engine(
             accumulation_steps=plan.accumulation_steps,
             clip_norm=config.optimizer.clip_norm,
             bf16=bf16,
+            in_backward=config.optimizer.in_backward,
         )
     from ..distributed.zero import DeepSpeedEngine
 

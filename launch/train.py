@@ -173,6 +173,7 @@ class _Run:
         )
         nll_sum = torch.zeros((), dtype=torch.float64, device=self.device)
         norm: float | None = None
+        engine.begin_step(lr)
         for index, batch in enumerate(batches):
             nll = summed_nll(engine, batch, self.device)
             nll_sum += nll.detach()

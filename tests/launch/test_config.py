@@ -12,6 +12,7 @@ from longseq.launch.config_file import check_world, list_presets, load_config, p
 from longseq.launch.config_rules import RULES, ParallelPlan
 
 DOC = Path(__file__).parents[2] / "docs" / "configuration.md"
+ONE_BATCH = {"global_batch_sequences": 1}
 LLAMA = {"model_type": "llama", "num_attention_heads": 32, "num_key_value_heads": 8}
 
 
@@ -219,12 +220,65 @@ def test_a_rule_is_silent_about_a_key_whose_value_is_not_known(slip):
             "sequence.checkpoint_every=2 says how many layers' inputs are kept but not where, and "
             "sequence.checkpoints=auto chooses both; set sequence.checkpoints=gpu or host",
         ),
+        (
+            run(optimizer={"apollo": {"rank": 8, "alpha": 2}}),
+            "optimizer.apollo.rank has no effect with optimizer.name='adamw'; remove it, or set "
+            "optimizer.name=apollo or apollo-mini.",
+        ),
+        (
+            run(
+                optimizer={"name": "apollo", "apollo": {"embeddings": "factored"}}, parallel={"zero_stage": 2}
+            ),
+            "optimizer.apollo.embeddings='factored' takes means of whole rows and columns, which "
+            "parallel.zero_stage=2 cuts; use adamw_8bit or low_rank.",
+        ),
+        (
+            run(optimizer={"weights": "bf16"}),
+            "optimizer.weights='bf16' does not go with optimizer.name='adamw': it needs "
+            "optimizer.name=apollo or apollo-mini, train.precision=bf16 and parallel.zero_stage=0;",
+        ),
+        (
+            run(
+                optimizer={"name": "apollo", "weights": "bf16"},
+                train={"precision": "float32"},
+                parallel={"zero_stage": 1},
+            ),
+            "does not go with train.precision='float32' or parallel.zero_stage=1: it needs",
+        ),
+        (
+            run(optimizer={"in_backward": True}, train={"global_batch_sequences": 4}),
+            "optimizer.in_backward=true updates a weight at each micro-batch, so a step has one: set "
+            "train.global_batch_sequences=1 (train.micro_batch_sequences)",
+        ),
+        (
+            run(optimizer={"in_backward": True}, train=ONE_BATCH, parallel={"zero_stage": 1}),
+            "before other processes' gradients of it are added: it needs parallel.num_gpus=1 and "
+            "parallel.zero_stage=0",
+        ),
+        (
+            run(
+                optimizer={"in_backward": True},
+                train=ONE_BATCH,
+                parallel={"ulysses_degree": 2, "num_gpus": "auto"},
+            ),
+            "optimizer.in_backward=true updates a weight before other processes' gradients",
+        ),
     ],
 )
 def test_keys_that_disagree_are_one_error_with_a_way_out(values, line):
     errors = errors_of(values)
     assert len(errors) == 1, errors
     assert line in errors[0]
+
+
+def test_weights_that_are_updated_in_backward_are_of_one_process():
+    told = "optimizer.in_backward=true updates a weight before other processes' gradients"
+    values = run(optimizer={"in_backward": True}, train={"global_batch_sequences": 2})
+    assert any(line.startswith(told) for line in errors_of({**values, "parallel": {"num_gpus": 2}}))
+    alone = parse_config(run(optimizer={"in_backward": True}, train=ONE_BATCH, parallel={"num_gpus": "auto"}))
+    assert check_world(alone, 1).accumulation_steps == 1
+    with pytest.raises(ConfigError, match=told):
+        check_world(alone, 2)
 
 
 @pytest.mark.parametrize(
@@ -241,6 +295,11 @@ def test_keys_that_disagree_are_one_error_with_a_way_out(values, line):
         run(sequence={"length": 4095}, parallel={"ulysses_degree": 15}),
         run(sequence={"checkpoints": "host", "checkpoint_every": 2, "head_groups": 4}),
         run(model={"config": {**LLAMA, "num_key_value_heads": None}}),
+        run(optimizer={"apollo": {}}),
+        run(optimizer={"name": "apollo-mini", "apollo": {"embeddings": "factored"}}),
+        run(optimizer={"name": "apollo", "apollo": {"embeddings": "low_rank"}}, parallel={"zero_stage": 3}),
+        run(optimizer={"name": "apollo-mini", "weights": "bf16", "in_backward": True}, train=ONE_BATCH),
+        run(optimizer={"in_backward": True}, train={"global_batch_sequences": 3, "micro_batch_sequences": 3}),
         {"model": {"name": "org/model"}},
     ],
 )
@@ -314,7 +373,12 @@ def test_the_documentation_lists_every_key_and_its_default():
         return str(default).lower() if isinstance(default, bool) else str(default).replace("None", "null")
 
     rows = re.findall(r"^\| `([a-z_]+\.[a-z_.]+)` \| `(.*?)` \|", DOC.read_text("utf-8"), re.MULTILINE)
-    keys = {key: default_of(field) for key, field in schema_keys().items() if "." in key}
+    keys = {
+        key: default_of(field)
+        for key, field in schema_keys().items()
+        # A section that is always there is its keys.
+        if "." in key and not (section_of(field) and field.default_factory)
+    }
     assert dict(rows) == keys, "bring the tables of docs/configuration.md in line with the schema"
 
 
