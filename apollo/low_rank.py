@@ -37,8 +37,8 @@ if TYPE_CHECKING:
 
 TINY = 1e-8
 """Added to norms that are divided by, as the released code does."""
-ROWS_AT_ONCE = 1024
-"""Of a weight whose arithmetic needs a wider copy of it."""
+ELEMENTS_AT_ONCE = 2**23
+"""Of a weight whose arithmetic needs a wider copy of it: 32 MiB in float32."""
 
 
 @dataclass
@@ -210,11 +210,12 @@ def _by_matrix(one: Projected, values: Tensor) -> Tensor:
     """Sums `(count, k)` over each matrix's channels of what is `(owned channels, k)`."""
     channels = one.layout.matrices.channels
     sums = values.new_zeros(one.layout.matrices.count, values.shape[1])
-    first = one.owned.start // channels
-    last = -(-one.owned.stop // channels)
-    for matrix in range(first, last):
-        start, stop = (max(at - one.owned.start, 0) for at in (matrix * channels, (matrix + 1) * channels))
-        sums[matrix] = values[start:stop].sum(0)
+    first, before = divmod(one.owned.start, channels)
+    last, after = -(-one.owned.stop // channels), -one.owned.stop % channels
+    whole = torch.nn.functional.pad(values, (0, 0, before, after)).view(
+        last - first, channels, values.shape[1]
+    )
+    sums[first:last] = whole.sum(1)
     return sums
 
 
@@ -277,7 +278,8 @@ def update_weights(one: Projected, scale: Tensor | None, factors: Tensor) -> Non
 def _row_slices(one: Projected, num_rows: int) -> list[slice]:
     if one.quantized is None and one.weight.dtype == one.dtype:
         return [slice(0, num_rows)]  # in place
-    return [slice(row, min(row + ROWS_AT_ONCE, num_rows)) for row in range(0, num_rows, ROWS_AT_ONCE)]
+    at_once = max(1, ELEMENTS_AT_ONCE // one.layout.matrices.columns)
+    return [slice(row, min(row + at_once, num_rows)) for row in range(0, num_rows, at_once)]
 
 
 def _update_rows(

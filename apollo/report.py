@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
+from .eight_bit import BLOCK
+from .placement import Placed
 from .selection import Rule
 
 if TYPE_CHECKING:
@@ -20,8 +24,8 @@ class RuleMemory:
     Attributes:
         rule: How they are updated.
         names: Of the parameters.
-        elements: Of the weights, wherever they are.
-        state_bytes: Of states; 0 before the first step.
+        elements: Of the weights that are here.
+        state_bytes: Of states; before the first step, what they will take.
         state_elements: Numbers in the states.
     """
 
@@ -54,11 +58,12 @@ class MemoryReport:
 
 
 def memory_report(optimizer: Apollo) -> MemoryReport:
-    """Measured from the states that are there."""
+    """Measured from the states that are there, and reckoned for those that the first step will make."""
     members: dict[Rule, list[tuple[str, int, dict[str, Any]]]] = {}
     for group, placed in optimizer.placed():
         rule = optimizer.rule_of(group, placed.layout.shape)
-        members.setdefault(rule, []).append((placed.name, placed.weight.numel(), placed.local()))
+        state = placed.local() or _to_come(rule, placed, group)
+        members.setdefault(rule, []).append((placed.name, placed.weight.numel(), state))
     rules = [
         RuleMemory(
             rule,
@@ -70,6 +75,28 @@ def memory_report(optimizer: Apollo) -> MemoryReport:
         for rule, ones in members.items()
     ]
     return MemoryReport(tuple(sorted(rules, key=lambda one: -one.elements)))
+
+
+def _to_come(rule: Rule, placed: Placed, group: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The state of a weight's first step, as tensors without memory."""
+    weight, layout = placed.weight, placed.layout
+    numel, wide = weight.numel(), torch.promote_types(weight.dtype, torch.float32)
+    if not numel and (rule != "low_rank" or not placed.owned.size):
+        return {}
+    sizes: dict[str, tuple[int, torch.dtype]] = {"step": (1, torch.float32)}
+    if rule == "low_rank":
+        sizes |= dict.fromkeys(("exp_avg", "exp_avg_sq"), (placed.owned.size * group["rank"], wide))
+        sizes["update_norm"] = layout.matrices.count, wide
+    elif rule == "factored":
+        sizes |= {"row": (layout.shape[0], wide), "column": (layout.shape[1], wide)}
+    elif rule == "adamw_8bit":
+        sizes |= dict.fromkeys(("exp_avg", "exp_avg_sq"), (numel, torch.uint8))
+        sizes |= dict.fromkeys(("exp_avg_scale", "exp_avg_sq_scale"), (-(-numel // BLOCK), torch.float32))
+    else:
+        sizes |= dict.fromkeys(("exp_avg", "exp_avg_sq"), (numel, wide))
+    if group["rounding"] == "master" and weight.dtype != wide:
+        sizes["master"] = numel, wide
+    return {key: torch.empty(size, dtype=dtype, device="meta") for key, (size, dtype) in sizes.items()}
 
 
 def _bytes(value: Any) -> int:

@@ -126,8 +126,8 @@ class LocalEngine(Engine):
             )
         if any(hasattr(param, "quantized") for param in module.parameters()):
             raise ValueError(
-                "the model has weights in 8 bits (apollo.quantize_linears), which this engine's checkpoints do "
-                "not hold; train it in a loop of your own, or without quantize_linears."
+                "the model has weights in 8 bits (apollo.quantize_linears), which this engine's checkpoints "
+                "do not hold; train it in a loop of your own, or without quantize_linears."
             )
         self.module = module
         self._optimizer = optimizer
@@ -213,6 +213,7 @@ class LocalEngine(Engine):
 
     def _load_states(self, saved: SavedState) -> None:
         """The settings in the groups stay the config's."""
+        saved.check_elementwise()
         group_of = {param: group for group in self._optimizer.param_groups for param in group["params"]}
         for name, param in self._named_params():
             self._optimizer.state[param] = {

@@ -241,6 +241,20 @@ class SavedState:
         """Of a whole state; that of its weight, unless the optimizer keeps less."""
         return self._shapes[parameter, state]
 
+    def check_elementwise(self) -> None:
+        """See that every state has the shape of its weight, for an optimizer that has such states.
+
+        Raises:
+            ValueError: One has not.
+        """
+        for (name, state), shape in self._shapes.items():
+            if shape != self.shapes[name]:
+                raise ValueError(
+                    f"{self._folder} holds {state} of {name} of shape {shape}, where the weight's is "
+                    f"{self.shapes[name]}: it was written by another optimizer, such as apollo. Set "
+                    "optimizer.* as it was then, or start a new run from the weights (longseq export)."
+                )
+
     def scalars(self, parameter: str) -> dict[str, Any]:
         """The optimizer's numbers of a parameter, for `loaded_scalar`."""
         return self._scalars.get(parameter, {})

@@ -159,6 +159,8 @@ def load_partitions(
     parts = partitions(optimizer)
     shapes = {names[span.param]: whole_shape(span.param) for part in parts for span in part.spans}
     saved.check(shapes, persistent_buffers(module))
+    if load_states is None:
+        saved.check_elementwise()
     for part in parts:
         spans = [(names[span.param], span) for span in part.spans]
         for name, span in spans:

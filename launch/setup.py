@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from ..apollo import Apollo
 from ..distributed.engine import Engine, LocalEngine
 from ..distributed.groups import ProcessGroups
 from ..distributed.probe import calibrate
@@ -129,7 +130,7 @@ def build_engine(
         name_special_tokens(model, tokenizer)
     optimizer = build_optimizer(model, config.optimizer, seed=config.train.seed)
     if options is None:
-        return LocalEngine(
+        engine: Engine = LocalEngine(
             model,
             optimizer,
             groups,
@@ -138,9 +139,13 @@ def build_engine(
             bf16=bf16,
             in_backward=config.optimizer.in_backward,
         )
-    from ..distributed.zero import DeepSpeedEngine
+    else:
+        from ..distributed.zero import DeepSpeedEngine
 
-    return DeepSpeedEngine(model, optimizer, groups, options)
+        engine = DeepSpeedEngine(model, optimizer, groups, options)
+    if isinstance(optimizer, Apollo):
+        logger.info("states of %s on this process:\n%s", config.optimizer.name, optimizer.memory_report())
+    return engine
 
 
 def _check_deepspeed_config(config: RunConfig, plan: ParallelPlan, groups: ProcessGroups) -> None:

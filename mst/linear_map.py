@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor, nn
 
-from .low_rank import linear_parts
+from .low_rank import linear_parts, weight_values
 from .weight_sums import WeightSums
 
 
@@ -25,7 +25,7 @@ class LinearMap:
         dtype: torch.dtype,
     ) -> None:
         self._weight_param, self._bias_param, self._lora_params = weight, bias, lora
-        self.weight = weight.to(dtype)
+        self.weight = weight_values(weight, dtype)
         self.bias = None if bias is None else bias.to(dtype)
         self.lora = None if lora is None else (lora[0].to(dtype), lora[1].to(dtype), lora[2])
 

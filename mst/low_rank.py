@@ -4,24 +4,38 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 
 class LinearParts(NamedTuple):
-    """`x @ (weight + scale * B @ A).T + bias`, with `lora = (A, B, scale)`."""
+    """`x @ (weight + scale * B @ A).T + bias`, with `lora = (A, B, scale)`.
+
+    The weight is the parameter that gets the gradient; `weight_values` has its values.
+    """
 
     weight: Tensor
     bias: Tensor | None
     lora: tuple[Tensor, Tensor, float] | None = None
 
 
+def is_quantized(weight: Tensor) -> bool:
+    """Whether a parameter's values are kept in 8 bits beside it (`apollo/quantized.py`)."""
+    return hasattr(weight, "quantized")
+
+
+def weight_values(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """A weight in the dtype to compute in: itself, or a copy for as long as it is needed."""
+    return weight.quantized.dequantize(dtype=dtype) if is_quantized(weight) else weight.to(dtype)
+
+
 def linear_parts(module: nn.Module) -> LinearParts | None:
     """The parts of a linear layer, adapted by peft's LoRA or not; None if it is anything else.
 
-    Anything else: a quantised layer, several adapters at once, DoRA, dropout before the adapter, an adapter
-    with a bias. Such a module's own forward is to be run.
+    Anything else: a layer quantised by others, several adapters at once, DoRA, dropout before the adapter, an
+    adapter with a bias. Such a module's own forward is to be run.
     """
-    if type(module) is nn.Linear:
+    if type(module) is nn.Linear or is_quantized(getattr(module, "weight", None)):
         return LinearParts(module.weight, module.bias)
     if not type(module).__module__.startswith("peft.tuners.lora"):
         return None
@@ -47,9 +61,12 @@ def linear_parts(module: nn.Module) -> LinearParts | None:
 def as_linear_head(head: nn.Module) -> LinearParts | None:
     """The parts of an LM head as cut cross-entropy takes them; None if it is no such layer.
 
-    Nor is an adapted head whose weights ZeRO-3 has given to other ranks: nobody gathers an adapter's.
+    Nor is one in 8 bits, nor an adapted head whose weights ZeRO-3 has given to other ranks: nobody gathers an
+    adapter's.
     """
     parts = linear_parts(head)
+    if parts is not None and is_quantized(parts.weight):
+        return None
     if parts is None or parts.lora is None:
         return parts
     if any(hasattr(param, "ds_id") for param in head.parameters()):
