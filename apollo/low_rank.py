@@ -113,8 +113,6 @@ class Projected:
                 moment = moment.view(-1, self.layout.matrices.channels, self.rank)
             state[name] = moment
         state["update_norm"] = torch.zeros((count,) if is_batch else (), dtype=self.dtype, device=device)
-        if self.options["rounding"] == "master" and self.weight.dtype.itemsize < 4:
-            state["master"] = self.weight.float()
 
     def matrix_key(self, matrix: int, step: int) -> int:
         """Of the projection of one of its matrices, for as long as it stays."""
@@ -128,6 +126,9 @@ def start(weights: Sequence[Projected]) -> None:
     for one in weights:
         if not one.state:
             one.make_state()
+        needs_master = one.options["rounding"] == "master" and one.weight.dtype.itemsize < 4
+        if needs_master and "master" not in one.state:  # also where a run that had none goes on
+            one.state["master"] = one.weight.float()
     if weights:
         torch._foreach_add_([one.state["step"] for one in weights], 1.0)
 

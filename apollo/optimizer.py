@@ -11,6 +11,7 @@ from typing import Any, Literal, get_args
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from . import low_rank, whole_matrices
@@ -20,9 +21,10 @@ from .factored import factored
 from .layout import Matrices
 from .low_rank import Projected
 from .placement import FlatPart, Placed, place, place_flat
+from .portable import as_dtensors, in_8_bits
 from .projection import mixed
 from .report import MemoryReport, memory_report
-from .selection import Rule
+from .selection import Rule, whole_shape
 from .sharded import Exchange
 from .slots import Rounding, Slot
 
@@ -127,6 +129,7 @@ class Apollo(Optimizer):
         if group["alpha"] is None:
             group["alpha"] = 1.0 if group["scale_type"] == "channel" else TENSOR_ALPHA
         _check(group)
+        group["has_matrix"] = any(len(whole_shape(param)) > 1 for param in group["params"])
         super().add_param_group(group)
 
     @torch.no_grad()
@@ -187,6 +190,16 @@ class Apollo(Optimizer):
         """Bytes of states and weights, by rule."""
         return memory_report(self)
 
+    def state_dict(self) -> dict[str, Any]:
+        """As any optimizer's; 8-bit moments of DTensors are float32 in it, for another number of ranks."""
+        saved = super().state_dict()
+        params = [param for group in self.param_groups for param in group["params"]]
+        saved["state"] = {
+            key: as_dtensors(params[key], state) if isinstance(key, int) else state
+            for key, state in saved["state"].items()
+        }
+        return saved
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As any optimizer's, except that states keep their own dtype: moments of bf16 weights are float32.
 
@@ -214,6 +227,14 @@ class Apollo(Optimizer):
                 if isinstance(value, Tensor):
                     device = "cpu" if key == "step" else param.device
                     self.state[param][key] = value.to(device, copy=True)
+        for _, placed in self._placed_flat(self._flat_parts):
+            for key, value in placed.kept.items():
+                placed.kept[key] = value.to("cpu" if key == "step" else placed.weight.device)
+        for group in self.param_groups:
+            for param in group["params"]:
+                is_8_bit = self.rule_of(group, param.shape) == "adamw_8bit"
+                if isinstance(param, DTensor) and is_8_bit and param in self.state:
+                    self.state[param] = in_8_bits(self.state[param])
 
     def rule_of(self, group: Mapping[str, Any], shape: tuple[int, ...]) -> Rule:
         """The rule of a weight of a group; a projection is narrower than the weight's shorter side."""
@@ -242,7 +263,8 @@ class Apollo(Optimizer):
 
     def _placed_in(self, group: dict[str, Any]) -> Iterator[Work]:
         params = group["params"]
-        if len(params) != len(group["names"]):
+        has_matrix = any(param.dim() > 1 for param in params)
+        if len(params) != len(group["names"]) or (group["has_matrix"] and not has_matrix):
             raise RuntimeError(
                 f"{len(group['names'])} parameters of a group have become {len(params)}, as when DeepSpeed "
                 "lays them end to end; call longseq.distributed.lay_out_apollo(engine.optimizer, "

@@ -76,7 +76,7 @@ class Placed:
         """The state's tensors that are here; of a weight that is none's shard, the state itself."""
         if self.whole is None:
             return self.kept
-        return {key: _here(value) for key, value in self.kept.items()}
+        return {key: local_part(value) for key, value in self.kept.items()}
 
     def keep(self, local: dict[str, Any]) -> None:
         """Take over what a rule has added to its local state; shards of a whole become DTensors again."""
@@ -150,7 +150,8 @@ def place_flat(
     return Placed(part.name, flat[place], grad, part.layout, me, group, kept, owner=part.name)
 
 
-def _here(value: Any) -> Any:
+def local_part(value: Any) -> Any:
+    """Of a DTensor, what is here."""
     return value.to_local() if isinstance(value, DTensor) else value
 
 

@@ -1,7 +1,8 @@
 """States as runs of elements of whole tensors, which any layout can be given again.
 
 Weights that are whole, or cut flat, have them. The states of a DTensor are DTensors, which torch's own
-distributed checkpoints cut anew.
+distributed checkpoints cut anew; its 8-bit moments, whose blocks are of each shard, become such in a
+`state_dict`.
 """
 
 from __future__ import annotations
@@ -11,9 +12,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from .eight_bit import dequantized, quantized
-from .placement import Placed
+from .placement import Placed, local_part
 
 if TYPE_CHECKING:
     from .optimizer import Apollo
@@ -58,7 +60,8 @@ def state_parts(optimizer: Apollo) -> Iterator[tuple[str, dict[str, StatePart], 
                 numbers[key] = value
                 continue
             if rule == "adamw_8bit" and key in MOMENTS:
-                value = dequantized(value.view(-1), placed.kept[f"{key}_scale"], signed=key == "exp_avg")
+                scale = placed.kept[f"{key}_scale"].view(-1)
+                value = dequantized(value.view(-1), scale, signed=key == "exp_avg")
             if value.numel() and (key != "update_norm" or placed.owned.start == 0 < placed.owned.size):
                 parts[key] = StatePart(*_place(rule, key, placed, group), value.reshape(-1))
         if parts:
@@ -107,6 +110,30 @@ def restore_state(
         optimizer.state[placed.owner] = state
     else:
         optimizer.state.pop(placed.owner, None)
+
+
+def as_dtensors(param: Tensor, state: dict[str, Any]) -> dict[str, Any]:
+    """The state of a parameter; of a DTensor, with float32 DTensors for moments of 8 bits."""
+    if not isinstance(param, DTensor) or "exp_avg_scale" not in state:
+        return state
+    wide = {key: value for key, value in state.items() if not key.startswith("exp_avg")}
+    for key in MOMENTS:
+        codes, scale = (local_part(state[name]).view(-1) for name in (key, f"{key}_scale"))
+        value = dequantized(codes, scale, signed=key == "exp_avg").view(param.to_local().shape)
+        mesh, placements = param.device_mesh, param.placements
+        wide[key] = DTensor.from_local(
+            value, mesh, placements, shape=param.shape, stride=param.stride(), run_check=False
+        )
+    return wide
+
+
+def in_8_bits(state: dict[str, Any]) -> dict[str, Any]:
+    """What `as_dtensors` was given, of these shards."""
+    narrow = dict(state)
+    for key in MOMENTS:
+        values = local_part(state[key]).reshape(-1)
+        narrow[key], narrow[f"{key}_scale"] = quantized(values, signed=key == "exp_avg")
+    return narrow
 
 
 def _place(rule: str, key: str, placed: Placed, group: Mapping[str, Any]) -> tuple[tuple[int, ...], int]:

@@ -1,5 +1,6 @@
 """Who holds what, and who sends it: sequence parallelism, the exact global loss, and the engines."""
 
+from .apollo_state import lay_out_apollo
 from .apply_ulysses import apply_ulysses
 from .groups import ProcessGroups
 from .loss import global_token_loss
@@ -10,6 +11,7 @@ __all__ = [
     "ProcessGroups",
     "apply_ulysses",
     "global_token_loss",
+    "lay_out_apollo",
     "measure_reducer_divisor",
     "shard_batch",
     "unshard",

@@ -200,7 +200,8 @@ class LocalEngine(Engine):
         load_buffers(self.module, saved)
         if self._in_backward is not None and (folder / NORM_FILE).is_file():
             norm = json.loads((folder / NORM_FILE).read_text())["previous_norm"]
-            self._in_backward.previous_norm = torch.tensor(norm, device=self._params[0].device)
+            device = self._params[0].device
+            self._in_backward.previous_norm = torch.tensor(norm, dtype=torch.float64, device=device)
 
     def _state_pieces(self) -> list[Piece]:
         if isinstance(self._optimizer, Apollo):

@@ -69,4 +69,4 @@ def test_the_sdist_holds_what_is_needed_to_work_on_it(built: tuple[Path, Path]) 
 
 
 def _is_library(path: Path) -> bool:
-    return path.relative_to(ROOT).parts[0] in ("mst", "cce", "distributed", "launch", "configs")
+    return path.relative_to(ROOT).parts[0] in ("mst", "cce", "apollo", "distributed", "launch", "configs")

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from training_samples import LEARNING_RATES, engine_step, prepared_llama, tiny_llama, weights_of
 
+from longseq.apollo import Apollo, parameter_groups
 from longseq.distributed import ProcessGroups
 from longseq.distributed.engine import LocalEngine, NonFiniteGradientError
 
@@ -23,7 +24,8 @@ def small_model() -> nn.Module:
 
 def loss_of(module: nn.Module, seed: int) -> Tensor:
     draw = torch.Generator().manual_seed(seed)
-    return module(torch.randn(4, 6, generator=draw, dtype=torch.float64)).square().sum()
+    inputs = torch.randn(4, 6, generator=draw, dtype=torch.float64)
+    return module(inputs.to(module[0].weight.dtype)).square().sum()
 
 
 def copies() -> tuple[nn.Module, nn.Module]:
@@ -137,3 +139,131 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
     other = LocalEngine(deeper, torch.optim.AdamW(deeper.parameters()), ALONE)
     with pytest.raises(ValueError, match=r"of another model: missing \['model\.layers\.2"):
         other.load(tmp_path)
+
+
+def in_backward_engine(dtype: torch.dtype = torch.float64, clip_norm: float | None = None) -> LocalEngine:
+    model = small_model().to(dtype)
+    optimizer = torch.optim.AdamW(model.parameters())
+    return LocalEngine(model, optimizer, ALONE, clip_norm=clip_norm, in_backward=True)
+
+
+def in_backward_step(engine: LocalEngine, seed: int, lr: float) -> float | None:
+    engine.begin_step(lr)
+    engine.backward(loss_of(engine.module, seed))
+    return engine.step(lr)
+
+
+def test_weights_stepped_in_backward_are_those_of_a_step_after_it() -> None:
+    engine, plain = in_backward_engine(), small_model()
+    after = LocalEngine(plain, torch.optim.AdamW(plain.parameters()), ALONE)
+    for step, lr in enumerate((0.1, 0.02, 0.3)):
+        before = weights_of(engine.module)
+        engine.begin_step(lr)
+        engine.backward(loss_of(engine.module, step))
+        assert all(param.grad is None for param in engine.module.parameters())
+        assert not torch.equal(before["0.weight"], engine.module[0].weight)
+        norm = engine.step(lr)
+        after.backward(loss_of(plain, step))
+        assert norm == pytest.approx(after.step(lr), rel=1e-12)
+        for ours, param in zip(engine.module.parameters(), plain.parameters(), strict=True):
+            assert torch.equal(ours, param)
+
+
+def test_a_step_in_backward_goes_on_bit_for_bit(tmp_path: Path) -> None:
+    """What it clips by, the norm of the step before, is in the checkpoint."""
+    first = in_backward_engine(torch.float32, clip_norm=0.5)
+    assert in_backward_step(first, 0, 0.1) > 0.5
+    first.save(tmp_path)
+    second = in_backward_engine(torch.float32, clip_norm=0.5)
+    with torch.no_grad():
+        for param in second.module.parameters():
+            param.add_(1.0)
+    second.load(tmp_path)
+    norms = [in_backward_step(engine, 1, 0.2) for engine in (first, second)]
+    assert norms[0] == norms[1]
+    for ours, param in zip(second.module.parameters(), first.module.parameters(), strict=True):
+        assert torch.equal(ours, param)
+
+
+def test_a_gradient_that_is_not_finite_stops_after_a_step_in_backward() -> None:
+    engine = in_backward_engine()
+    in_backward_step(engine, 0, 0.1)
+    engine.begin_step(0.1)
+    engine.backward(loss_of(engine.module, 1) * torch.inf)
+    with pytest.raises(NonFiniteGradientError, match="gradient norm is"):
+        engine.step(0.1)
+    assert all(param.isfinite().all() for param in engine.module.parameters())
+
+
+@pytest.mark.parametrize(
+    "of_engine",
+    [{"accumulation_steps": 2}, {"groups": ProcessGroups(0, 2)}],
+    ids=["accumulates", "two ranks"],
+)
+def test_what_a_step_in_backward_cannot_wait_for_is_refused(of_engine: dict) -> None:
+    model = small_model()
+    given = {"groups": ALONE, **of_engine}
+    with pytest.raises(ValueError, match=r"in_backward=True with .* before its gradient is whole"):
+        LocalEngine(model, torch.optim.AdamW(model.parameters()), in_backward=True, **given)
+
+
+def apollo_engine(
+    seed: int, *, dtype: torch.dtype = torch.float32, in_backward: bool = False, **options: object
+) -> LocalEngine:
+    model = prepared_llama(ALONE, seed=seed, dtype=dtype)
+    groups = parameter_groups(model, embeddings=options.pop("embeddings", "adamw"), weight_decay=0.1)
+    optimizer = Apollo(groups, **{"lr": 1e-2, "rank": 5, "update_gap": 2, **options})
+    steps = 1 if in_backward else 4
+    bf16 = dtype == torch.bfloat16
+    return LocalEngine(model, optimizer, ALONE, accumulation_steps=steps, bf16=bf16, in_backward=in_backward)
+
+
+def apollo_step(engine: LocalEngine, step: int) -> None:
+    if engine.accumulation_steps > 1:
+        engine_step(engine, ALONE, step, 1e-2)
+        return
+    ids = torch.randint(0, 131, (1, 37), generator=torch.Generator().manual_seed(step))
+    engine.begin_step(1e-2)
+    engine.backward(engine(input_ids=ids, labels=ids).loss)
+    engine.step(1e-2)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"scale_type": "tensor", "rank": 1, "embeddings": "low_rank"},
+        {"embeddings": "adamw_8bit"},
+        {"embeddings": "factored"},
+        {"dtype": torch.bfloat16, "embeddings": "low_rank"},
+        {"dtype": torch.bfloat16, "rounding": "master"},
+        {"dtype": torch.bfloat16, "in_backward": True, "embeddings": "low_rank"},
+    ],
+    ids=["channel", "mini", "8-bit", "factored", "bf16", "bf16 with masters", "bf16 in backward"],
+)
+def test_apollo_goes_on_bit_for_bit(tmp_path: Path, options: dict) -> None:
+    """From the middle of a projection's steps; moments stay float32, whatever the weights are."""
+    first = apollo_engine(0, **options)
+    for step in range(3):
+        apollo_step(first, step)
+    first.save(tmp_path)
+    second = apollo_engine(1, **options)
+    second.load(tmp_path)
+    for step in (3, 4):
+        for engine in (first, second):
+            apollo_step(engine, step)
+    wanted, moved = weights_of(first.module), weights_of(apollo_engine(0, **options).module)
+    for name, weight in weights_of(second.module).items():
+        assert weight.dtype == options.get("dtype", torch.float32)
+        assert torch.equal(weight, wanted[name]), name
+        assert not torch.equal(weight, moved[name]) or "norm" in name
+    states = second._optimizer.state.values()
+    assert {value.dtype for state in states for value in state.values()} <= {torch.float32, torch.uint8}
+
+
+def test_apollos_states_of_another_rank_are_refused(tmp_path: Path) -> None:
+    engine = apollo_engine(0)
+    apollo_step(engine, 0)
+    engine.save(tmp_path)
+    with pytest.raises(ValueError, match=r"of rank 4 .* another rank"):
+        apollo_engine(0, rank=4).load(tmp_path)

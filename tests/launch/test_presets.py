@@ -21,6 +21,7 @@ def test_presets_are_listed_short_ones_first():
         "llama3-8b-128k-4gpu",
         "llama3-8b-512k-8gpu",
         "llama3-8b-lora-128k-1gpu",
+        "llama3-8b-mini-1gpu",
         "tiny-cpu",
     ]
 

@@ -24,6 +24,8 @@ from longseq.launch.export import export_checkpoint
 # Slow: two processes import torch, transformers and DeepSpeed. They do it once, for all of these runs.
 pytestmark = pytest.mark.slow
 
+APOLLO = ["optimizer.name=apollo", "optimizer.apollo.rank=6", "optimizer.apollo.update_gap=2"]
+MINI = ["optimizer.name=apollo-mini", "optimizer.apollo.embeddings=low_rank"]
 EXACT = {
     "dp2": ["parallel.num_gpus=2"],
     "dp2-micro": ["parallel.num_gpus=2", "train.global_batch_sequences=4", "train.micro_batch_sequences=2"],
@@ -40,6 +42,10 @@ EXACT = {
         "parallel.zero_stage=3",
         "model.config.tie_word_embeddings=false",
     ],
+    "dp2-apollo": ["parallel.num_gpus=2", *APOLLO],
+    "zero1-mini": ["parallel.num_gpus=2", "parallel.zero_stage=1", *MINI],
+    "zero2-apollo": ["parallel.num_gpus=2", "parallel.zero_stage=2", *APOLLO],
+    "zero3-apollo": ["parallel.ulysses_degree=2", "parallel.zero_stage=3", *APOLLO],
 }
 LORA = ["data.tokenizer=null", "model.lora.rank=4", "optimizer.lr=2e-3", "train.eval_every=1"]
 
@@ -64,7 +70,7 @@ def two(shop: Workshop, base: list[str]) -> str:
     for stage in (1, 2, 3):
         bf16 = ("parallel.num_gpus=2", f"parallel.zero_stage={stage}", "train.precision=bf16")
         configs.append(shop.yaml(f"zero{stage}-bf16", *bf16))
-    for name, overrides in (("zero1", zero1), ("lora", lora)):
+    for name, overrides in (("zero1", zero1), ("zero3-apollo", EXACT["zero3-apollo"]), ("lora", lora)):
         # A file of its own for each half: both are read before either is trained.
         for steps in (2, 4):
             half = shop.yaml(f"{name}-halves", *overrides, f"train.steps={steps}", "checkpoint.keep=9")
@@ -93,12 +99,13 @@ def test_zero_in_bf16_is_near_and_can_be_exported(
     assert loss == pytest.approx(records(run, "eval")[-1]["eval_loss"], rel=1e-2)
 
 
-def test_zero_goes_on_bit_for_bit(shop: Workshop, two: str) -> None:
-    halves = shop.folder / "zero1-halves"
+@pytest.mark.parametrize("name", ["zero1", "zero3-apollo"])
+def test_zero_goes_on_bit_for_bit(shop: Workshop, two: str, name: str) -> None:
+    halves = shop.folder / f"{name}-halves"
     assert checkpoint_names(halves) == ["step-00000002", "step-00000004"]
-    assert losses(halves) == losses(shop.folder / "zero1")
+    assert losses(halves) == losses(shop.folder / name)
     assert read_state(newest_checkpoint(halves)).world_size == 2
-    mine, theirs = weights(halves), weights(shop.folder / "zero1")
+    mine, theirs = weights(halves), weights(shop.folder / name)
     assert all((mine[name] == theirs[name]).all() for name in theirs)
 
 
