@@ -13,7 +13,10 @@ from typing import Any
 
 import torch
 
-PACKAGES = ("torch", "triton", "transformers", "deepspeed", "liger-kernel", "cut-cross-entropy")
+PACKAGES = (
+    *("torch", "triton", "transformers", "deepspeed", "liger-kernel", "cut-cross-entropy"),
+    *("bitsandbytes", "apollo-torch"),
+)
 
 
 def environment() -> dict[str, Any]:
@@ -51,6 +54,7 @@ def write(
     tables: list[tuple[str, list[dict[str, Any]]]] | None = None,
     note: str = "",
     show: bool = True,
+    measured_on: dict[str, Any] | None = None,
     **facts: Any,
 ) -> None:
     """Print the rows; with `out`, keep them there as JSON and as Markdown.
@@ -63,9 +67,10 @@ def write(
         tables: Heading and rows of each table to read instead of the one of all rows.
         note: What a reader needs to know before the tables.
         show: Print it.
+        measured_on: The `environment` of rows that are kept from another machine; None is this one's.
         facts: Further keys of the JSON.
     """
-    where = environment()
+    where = measured_on or environment()
     versions = ", ".join(f"{package} {version}" for package, version in where["versions"].items())
     parts = [f"# {title}", f"{where['device']}, {where['date']}; {versions}", *([note] if note else [])]
     if tables is None:
