@@ -1,4 +1,4 @@
-"""SGD-like optimizer memory, AdamW-level results: APOLLO (arXiv 2412.05270)."""
+"""An optimizer with next to no states: APOLLO (arXiv 2412.05270), on any layout of the weights."""
 
 from .in_backward import step_in_backward
 from .optimizer import Apollo

@@ -9,11 +9,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .dispatch import has_triton
+from .dispatch import TRITON_DTYPES, has_triton
 from .rounding import PIECE, arithmetic_dtype, cut, prepare, read, write
 from .slots import Rounding, Slot
-
-TRITON_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 class Factors(NamedTuple):

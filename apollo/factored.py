@@ -36,8 +36,9 @@ def factored(
     ```
 
     Args:
-        slots: Whole matrices. Their states have `step` () float32 on the CPU; `row` (rows,) and `column`
-            (columns,), float64 for a float64 weight and else float32; and `master` with that rounding.
+        slots: Whole matrices; a batch of them, or a kernel, is given as one that has all their rows. Their
+            states have `step` () float32 on the CPU; `row` (rows,) and `column` (columns,), float64 for a
+            float64 weight and else float32; and `master` with that rounding.
         lr: Learning rate.
         betas: The second is the decay of the second moment; the first has no use here.
         eps: Added to the root of the second moment after its bias correction.

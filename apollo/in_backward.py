@@ -52,8 +52,8 @@ def step_in_backward(
     all-reduce of one number. After parameters were unfrozen, remove the handle and call it again.
 
     Args:
-        optimizer: Any that updates a parameter by its own gradient alone: all of `torch.optim` but LBFGS. One
-            that has `step_parameters(params)` is stepped by that.
+        optimizer: Any that updates a parameter by its own gradient alone: all of `torch.optim` but LBFGS and
+            SparseAdam. One that has `step_parameters(params)` is stepped by that.
         model: What the parameters are of: asked whether their gradients are whole in backward, and for names.
         clip_norm: Norm to clip to, by the step before (see above).
 
@@ -148,6 +148,10 @@ class InBackwardHandle:
                 f"{self._name(param)} has a second gradient before finish_step, and was updated by its "
                 "first. Call finish_step after every backward; to accumulate, take a larger micro-batch, or "
                 "step without step_in_backward."
+            )
+        if param.grad.is_sparse:
+            raise RuntimeError(
+                f"the gradient of {self._name(param)} is sparse; make its layer with sparse=False."
             )
         self._norms[param] = norm = _norm(param.grad)
         grad = param.grad.to_local() if isinstance(param.grad, DTensor) else param.grad

@@ -126,8 +126,9 @@ def start(weights: Sequence[Projected]) -> None:
     for one in weights:
         if not one.state:
             one.make_state()
-        needs_master = one.options["rounding"] == "master" and one.weight.dtype.itemsize < 4
-        if needs_master and "master" not in one.state:  # also where a run that had none goes on
+        is_narrow = one.weight.dtype.itemsize < 4 and one.quantized is None
+        # Also where a run that had none goes on.
+        if is_narrow and one.options["rounding"] == "master" and "master" not in one.state:
             one.state["master"] = one.weight.float()
     if weights:
         torch._foreach_add_([one.state["step"] for one in weights], 1.0)
@@ -172,11 +173,11 @@ def statistics(one: Projected) -> Statistics:
 
 
 def _product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
-    if left.dtype == dtype:
-        return left @ right
-    if left.is_cuda:
+    if left.dtype != dtype and left.is_cuda:
         return torch.mm(left, right, out_dtype=dtype)
-    return left.to(dtype) @ right.to(dtype)
+    # With `out`, autocast leaves it alone where a step is taken inside of it.
+    out = left.new_empty(left.shape[0], right.shape[1], dtype=dtype)
+    return torch.mm(left.to(dtype), right.to(dtype), out=out)
 
 
 def _squares(grad: Tensor, dim: int, dtype: torch.dtype) -> Tensor:

@@ -1,17 +1,15 @@
-"""`Apollo`: AdamW's results with a state of a few numbers a channel, on any layout of the weights."""
+"""`Apollo`: steps of AdamW's kind with a state of a few numbers a channel, on any layout of the weights."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from types import MappingProxyType
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from . import low_rank, whole_matrices
@@ -20,6 +18,7 @@ from .elementwise import adamw
 from .factored import factored
 from .layout import Matrices
 from .low_rank import Projected
+from .options import CHANNEL_RANK, TENSOR_ALPHA, TENSOR_RANK, ScaleType, check, named, named_groups
 from .placement import FlatPart, Placed, place, place_flat
 from .portable import as_dtensors, in_8_bits
 from .projection import mixed
@@ -28,7 +27,6 @@ from .selection import Rule, whole_shape
 from .sharded import Exchange
 from .slots import Rounding, Slot
 
-ScaleType = Literal["channel", "tensor"]
 Work = tuple[dict[str, Any], Placed]
 
 ELEMENTWISE: dict[str, Callable[..., None]] = {
@@ -36,9 +34,6 @@ ELEMENTWISE: dict[str, Callable[..., None]] = {
     "adamw_8bit": adamw_8bit,
     "factored": factored,
 }
-CHANNEL_RANK, TENSOR_RANK = 256, 1
-TENSOR_ALPHA = math.sqrt(128)
-"""The paper's for APOLLO-Mini in pre-training; it makes up for a projection to one dimension."""
 
 
 class Apollo(Optimizer):
@@ -111,11 +106,11 @@ class Apollo(Optimizer):
             "seed": seed,
             "rule": None,
         }
-        super().__init__(_named_groups(params), defaults)
+        super().__init__(named_groups(params), defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As any optimizer's; `names` are the parameters', by their places if left out."""
-        group = _named(param_group, len(self.param_groups))
+        group = named(param_group, len(self.param_groups))
         taken = {name for other in self.param_groups for name in other["names"]}
         if not taken.isdisjoint(group["names"]):
             raise ValueError(
@@ -128,7 +123,7 @@ class Apollo(Optimizer):
             group["rank"] = CHANNEL_RANK if group["scale_type"] == "channel" else TENSOR_RANK
         if group["alpha"] is None:
             group["alpha"] = 1.0 if group["scale_type"] == "channel" else TENSOR_ALPHA
-        _check(group)
+        check(group)
         group["has_matrix"] = any(len(whole_shape(param)) > 1 for param in group["params"])
         super().add_param_group(group)
 
@@ -201,7 +196,7 @@ class Apollo(Optimizer):
         return saved
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As any optimizer's, except that states keep their own dtype: moments of bf16 weights are float32.
+        """As any optimizer's, except that states are not cast to the weights' dtype where that is narrower.
 
         Raises:
             ValueError: States of other parameters.
@@ -221,20 +216,16 @@ class Apollo(Optimizer):
             flat: (made_anew[id(group)], parts) for flat, (group, parts) in self._flat_parts.items()
         }
         indices = [index for group in state_dict["param_groups"] for index in group["params"]]
-        params = [param for group in self.param_groups for param in group["params"]]
-        for index, param in zip(indices, params, strict=True):
-            for key, value in state_dict["state"].get(index, {}).items():
-                if isinstance(value, Tensor):
-                    device = "cpu" if key == "step" else param.device
-                    self.state[param][key] = value.to(device, copy=True)
-        for _, placed in self._placed_flat(self._flat_parts):
-            for key, value in placed.kept.items():
-                placed.kept[key] = value.to("cpu" if key == "step" else placed.weight.device)
-        for group in self.param_groups:
-            for param in group["params"]:
+        members = [(group, param) for group in self.param_groups for param in group["params"]]
+        for index, (group, param) in zip(indices, members, strict=True):
+            if index in state_dict["state"]:
+                state = _copied(state_dict["state"][index], param)
+                was_dtensor = "exp_avg" in state and "exp_avg_scale" not in state
                 is_8_bit = self.rule_of(group, param.shape) == "adamw_8bit"
-                if isinstance(param, DTensor) and is_8_bit and param in self.state:
-                    self.state[param] = in_8_bits(self.state[param])
+                self.state[param] = in_8_bits(state) if is_8_bit and was_dtensor else state
+        for _, placed in self._placed_flat(self._flat_parts):
+            if placed.owner in self.state:
+                self.state[placed.owner] = _copied(placed.kept, placed.weight)
 
     def rule_of(self, group: Mapping[str, Any], shape: tuple[int, ...]) -> Rule:
         """The rule of a weight of a group; a projection is narrower than the weight's shorter side."""
@@ -275,7 +266,7 @@ class Apollo(Optimizer):
 
     def _update(self, work: Iterable[Work]) -> None:
         projected: list[Work] = []
-        others: dict[tuple[str, int], list[Work]] = {}
+        others: dict[tuple[str, int, str], list[Work]] = {}
         for group, placed in work:
             if placed.grad is None:
                 continue
@@ -287,9 +278,11 @@ class Apollo(Optimizer):
             if rule == "low_rank":
                 projected.append((group, placed))
             elif placed.weight.numel() or placed.whole is not None:  # of a DTensor each rank has a shard
-                others.setdefault((rule, id(group)), []).append((group, placed))
+                # Weights in 8 bits one by one: each has a float32 copy meanwhile.
+                alone = "" if placed.quantized is None else placed.name
+                others.setdefault((rule, id(group), alone), []).append((group, placed))
         _update_projected(projected)
-        for (rule, _), members in others.items():
+        for (rule, *_), members in others.items():
             _update_others(rule, members[0][0], [placed for _, placed in members])
         for members in (projected, *others.values()):
             self.state.update((placed.owner, placed.kept) for _, placed in members)
@@ -336,6 +329,8 @@ def _update_others(rule: str, group: dict[str, Any], members: list[Placed]) -> N
         if placed.quantized is not None:
             key = mixed(slot.key, int(slot.state["step"])) & 0xFFFFFFFF
             placed.quantized.store(slot.weight, key)
+        elif slot.weight.data_ptr() != placed.weight.data_ptr():  # a copy, see `_slot`
+            placed.weight.copy_(slot.weight.view(placed.weight.shape))
         shape = placed.weight.shape
         placed.keep(
             {
@@ -361,57 +356,18 @@ def _slot(rule: str, placed: Placed, seed: int) -> Slot:
         for key, value in state.items()
     }
     grad, key = placed.grad.reshape(shape), placed.key(seed)
-    return Slot(weight.view(shape), grad, state, key, placed.first, row_stride)
+    # Kernels of convolutions may lie with channels last: then it is a copy, row by row.
+    return Slot(weight.reshape(shape), grad, state, key, placed.first, row_stride)
 
 
-def _named_groups(params: Iterable[Any]) -> list[dict[str, Any]]:
-    given = list(params)
-    if given and isinstance(given[0], dict):
-        return [dict(group) for group in given]
-    return [{"params": given}]
-
-
-def _named(group: Mapping[str, Any], index: int) -> dict[str, Any]:
-    """A group whose parameters have names."""
-    group = dict(group)
-    params = group["params"]
-    members = [params] if isinstance(params, Tensor) else list(params)
-    names = group.get("names")
-    if members and isinstance(members[0], tuple):
-        names = [name for name, _ in members]
-        members = [param for _, param in members]
-    if names is None:
-        names = [f"{index}.{place}" for place in range(len(members))]
-    names = list(names)
-    if len(names) != len(members) or len(set(names)) != len(names):
-        raise ValueError(
-            f"param group {index} has {len(members)} parameters and {len(set(names))} different names; give "
-            "each one its own name."
-        )
-    return {**group, "params": members, "names": names}
-
-
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
-
-
-def _check(group: Mapping[str, Any]) -> None:
-    rules = {
-        "lr": (group["lr"] >= 0, "must be 0 or above"),
-        "rank": (_is_count(group["rank"]), "must be a whole number from 1"),
-        "scale_type": (group["scale_type"] in get_args(ScaleType), "must be 'channel' or 'tensor'"),
-        "update_gap": (_is_count(group["update_gap"]), "must be a whole number from 1"),
-        "alpha": (group["alpha"] > 0, "must be above 0"),
-        "betas": (all(0 <= beta < 1 for beta in group["betas"]), "must each be from 0 to below 1"),
-        "eps": (group["eps"] > 0, "must be above 0"),
-        "weight_decay": (group["weight_decay"] >= 0, "must be 0 or above"),
-        "norm_growth_limit": (
-            group["norm_growth_limit"] is None or group["norm_growth_limit"] > 1,
-            "must be above 1, or None for no limit",
-        ),
-        "rounding": (group["rounding"] in get_args(Rounding), f"must be one of {get_args(Rounding)}"),
-        "rule": (group["rule"] in (None, *get_args(Rule)), f"must be None or one of {get_args(Rule)}"),
-    }
-    wrong = [f"{key}={group[key]!r} {rule}" for key, (holds, rule) in rules.items() if not holds]
-    if wrong:
-        raise ValueError("; ".join(wrong) + ".")
+def _copied(state: Mapping[str, Any], weight: Tensor) -> dict[str, Any]:
+    """A saved state where its weight is, as wide as a step wants it: kernels are told addresses alone."""
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    copied = {}
+    for key, value in state.items():
+        if isinstance(value, Tensor):
+            is_kept = key == "step" or key.endswith("_scale") or not value.is_floating_point()
+            device = "cpu" if key == "step" else weight.device
+            value = value.to(device, value.dtype if is_kept else wide, copy=True)
+        copied[key] = value
+    return copied

@@ -128,7 +128,8 @@ def place(name: str, param: Tensor, states: Mapping[Any, dict[str, Any]]) -> Pla
         owner=param,
         whole=param,
     )
-    if mesh_dims:
+    # Of a mesh of one process, all of it is here.
+    if mesh_dims and param.device_mesh.size(mesh_dims[0]) > 1:
         mesh, [mesh_dim] = param.device_mesh, mesh_dims
         local.layout = Layout.chunked(param.shape, param.placements[mesh_dim].dim, mesh.size(mesh_dim))
         local.me, local.group = mesh.get_local_rank(mesh_dim), mesh.get_group(mesh_dim)
@@ -142,12 +143,16 @@ def place_flat(
     me: int,
     states: Mapping[Any, dict[str, Any]],
 ) -> Placed:
-    """A parameter's elements in a flat tensor."""
+    """A parameter's elements in a flat tensor; of one rank's, in the parameter's own shape."""
     place = slice(part.offset, part.offset + part.layout.bounds[me].size)
     grad = None if flat.grad is None else flat.grad[place]
     # Its state is kept by name: torch takes a key that is a tensor for one of the groups' parameters.
     kept = states.get(part.name, {})
-    return Placed(part.name, flat[place], grad, part.layout, me, group, kept, owner=part.name)
+    if len(part.layout.bounds) > 1:
+        return Placed(part.name, flat[place], grad, part.layout, me, group, kept, owner=part.name)
+    shape = part.layout.shape
+    grad = None if grad is None else grad.view(shape)
+    return Placed(part.name, flat[place].view(shape), grad, Layout.whole(shape), kept=kept, owner=part.name)
 
 
 def local_part(value: Any) -> Any:

@@ -7,6 +7,7 @@ distributed checkpoints cut anew; its 8-bit moments, whose blocks are of each sh
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -103,7 +104,7 @@ def restore_state(
         if values.numel():
             read(key, start, values.view(-1))
         if rule == "adamw_8bit" and key in MOMENTS:
-            state[key], state[f"{key}_scale"] = quantized(values.view(-1), signed=key == "exp_avg")
+            state[key], state[f"{key}_scale"] = quantized(values.view(-1).float(), signed=key == "exp_avg")
         elif key != "master" or group["rounding"] == "master":
             state[key] = values
     if state:
@@ -128,10 +129,10 @@ def as_dtensors(param: Tensor, state: dict[str, Any]) -> dict[str, Any]:
 
 
 def in_8_bits(state: dict[str, Any]) -> dict[str, Any]:
-    """What `as_dtensors` was given, of these shards."""
+    """What `as_dtensors` was given, of these shards, or of the whole weight that they were gathered to."""
     narrow = dict(state)
     for key in MOMENTS:
-        values = local_part(state[key]).reshape(-1)
+        values = local_part(state[key]).reshape(-1).float()
         narrow[key], narrow[f"{key}_scale"] = quantized(values, signed=key == "exp_avg")
     return narrow
 
@@ -144,8 +145,10 @@ def _place(rule: str, key: str, placed: Placed, group: Mapping[str, Any]) -> tup
         return shape, placed.owned.start * group["rank"]
     if key == "update_norm":
         return layout.shape[:-2], 0
-    if key in ("row", "column"):
-        return (layout.shape[0 if key == "row" else 1],), 0
+    if key == "row":
+        return (math.prod(layout.shape[:-1]),), 0
+    if key == "column":
+        return layout.shape[-1:], 0
     return layout.shape, placed.first
 
 
@@ -173,5 +176,6 @@ def _check(
         raise ValueError(
             f"the saved states of {placed.name} are {dict(shapes)}, and rule {rule!r} of rank "
             f"{group['rank']} keeps {expected or sorted(KEPT[rule])}: they are of another optimizer or of "
-            "another rank. Set it as it was, or start a new run from the weights."
+            "another rank. Set it as it was (in a config optimizer.name, optimizer.apollo.rank and "
+            "optimizer.apollo.embeddings), or start a new run from the weights."
         )

@@ -99,6 +99,9 @@ class QuantizedWeight:
 class QuantizedLinear(nn.Module):
     """`nn.Linear` whose weight is kept in 8 bits, dequantised a tile at a time and trained as any other.
 
+    Tiles are of rows in forward, and of columns in backward. Streamed layers (`longseq.mst`) do without this
+    module's forward: they dequantise a layer's weights at once, for as long as they work on that layer.
+
     The state dict has `weight_codes`, `weight_scale` and `weight_zero` in place of `weight`; a checkpoint
     with `weight` loads too, rounded to nearest. Scales stay float32 in any dtype that the module is cast to.
 
@@ -282,6 +285,7 @@ def quantize_linears(
     To be done before a model is wrapped. DistributedDataParallel takes it with `init_sync=False` (it would
     write the parameters) and `broadcast_buffers=False` (it would send all codes at each forward): ranks that
     start alike stay alike, since they round alike. FSDP and ZeRO, which shard parameters, cannot take it.
+    peft's LoRA is to be added before it, as peft knows no layer but `nn.Linear`.
 
     Args:
         model: Any. Only `nn.Linear` itself is made another, no subclass; the output head stays.

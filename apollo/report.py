@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -88,13 +89,13 @@ def _to_come(rule: Rule, placed: Placed, group: Mapping[str, Any]) -> dict[str, 
         sizes |= dict.fromkeys(("exp_avg", "exp_avg_sq"), (placed.owned.size * group["rank"], wide))
         sizes["update_norm"] = layout.matrices.count, wide
     elif rule == "factored":
-        sizes |= {"row": (layout.shape[0], wide), "column": (layout.shape[1], wide)}
+        sizes |= {"row": (math.prod(layout.shape[:-1]), wide), "column": (layout.shape[-1], wide)}
     elif rule == "adamw_8bit":
         sizes |= dict.fromkeys(("exp_avg", "exp_avg_sq"), (numel, torch.uint8))
         sizes |= dict.fromkeys(("exp_avg_scale", "exp_avg_sq_scale"), (-(-numel // BLOCK), torch.float32))
     else:
         sizes |= dict.fromkeys(("exp_avg", "exp_avg_sq"), (numel, wide))
-    if group["rounding"] == "master" and weight.dtype != wide:
+    if group["rounding"] == "master" and weight.dtype != wide and placed.quantized is None:
         sizes["master"] = numel, wide
     return {key: torch.empty(size, dtype=dtype, device="meta") for key, (size, dtype) in sizes.items()}
 

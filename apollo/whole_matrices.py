@@ -7,11 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .dispatch import has_triton
+from .dispatch import TRITON_DTYPES, has_triton
 from .low_rank import Projected
 from .projection import WORD, mixed
 
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 BYTES_AT_ONCE = 2**31
 """Of gradients in one launch. With less, more of a gradient is still in the L2 cache when the weights are
 updated, and the GPU is no slower; but the host does not get so many launches done in that time."""
@@ -46,8 +45,8 @@ def _is_known(one: Projected) -> bool:
     return (
         one.weight.is_cuda
         and one.quantized is None
-        and one.weight.dtype in DTYPES
-        and one.grad.dtype in DTYPES
+        and one.weight.dtype in TRITON_DTYPES
+        and one.grad.dtype in TRITON_DTYPES
         and (one.weight.dtype == torch.float32 or rounding != "master")
         and (one.weight.dtype != torch.float16 or rounding == "nearest")
         and one.weight.is_contiguous()

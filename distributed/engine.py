@@ -160,11 +160,13 @@ class LocalEngine(Engine):
             return None
         self._sum_over_ranks()
         self._is_summed = False
-        norm_tensor = nn.utils.clip_grad_norm_(self._params, self._clip_norm or float("inf"))
+        norm_tensor = _norm([param.grad for param in self._params if param.grad is not None])
         norm = float(norm_tensor)  # the step's one wait for the device: no update may follow a NaN
         if not math.isfinite(norm):
             self._optimizer.zero_grad(set_to_none=True)
         _finite(norm)
+        if self._clip_norm is not None:
+            nn.utils.clip_grads_with_norm_(self._params, self._clip_norm, norm_tensor)
         self.begin_step(lr)
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
@@ -234,6 +236,8 @@ class LocalEngine(Engine):
 
     def reset_optimizer(self) -> None:
         self._optimizer.state.clear()
+        if self._in_backward is not None:
+            self._in_backward.previous_norm = None
 
     def _sum_over_ranks(self) -> None:
         if self._groups.world_size == 1 or self._is_summed:
@@ -248,6 +252,16 @@ class LocalEngine(Engine):
             dist.all_reduce(flat)
             for grad, part in zip(bucket, flat.split([grad.numel() for grad in bucket]), strict=True):
                 grad.copy_(part.view_as(grad))
+
+
+def _norm(grads: list[Tensor]) -> Tensor:
+    """Of all gradients together, in at least float32: `clip_grad_norm_` takes it in their own dtype."""
+    if not grads:
+        return torch.zeros(())
+    norms = [
+        torch.linalg.vector_norm(grad, dtype=torch.promote_types(grad.dtype, torch.float32)) for grad in grads
+    ]
+    return torch.linalg.vector_norm(torch.stack(norms))
 
 
 def _finite(norm: float) -> float:

@@ -129,8 +129,8 @@ def save_partitions(
     names = {param: name for name, param in module.named_parameters()}
     pieces = list(states)
     for part in partitions(optimizer):
-        states, scalars = split_state(optimizer.optimizer.state.get(part.master, {}), part.master)
-        tensors = {WEIGHT: part.master.detach(), **states}
+        elementwise, scalars = split_state(optimizer.optimizer.state.get(part.master, {}), part.master)
+        tensors = {WEIGHT: part.master.detach(), **elementwise}
         for param, start, offset, numel in part.spans:
             if numel:
                 mine = {key: tensor.narrow(0, offset, numel) for key, tensor in tensors.items()}

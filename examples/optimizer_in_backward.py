@@ -3,7 +3,7 @@
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from longseq.apollo.in_backward import step_in_backward
+from longseq.apollo import step_in_backward
 from longseq.mst import apply_mini_sequence
 
 torch.manual_seed(0)

@@ -164,7 +164,8 @@ class ApolloConfig(Section):
     """APOLLO's own settings, for `optimizer.name` apollo and apollo-mini."""
 
     rank: Count | None = None
-    """Rank of the projections; null is 256 for apollo and 1 for apollo-mini."""
+    """Rank of the projections; null is 256 for apollo and 1 for apollo-mini. Matrices whose shorter side is
+    not above it get AdamW."""
     update_gap: Count = 200
     """Steps for which a projection stays."""
     alpha: Positive | None = None
@@ -181,7 +182,7 @@ class OptimizerConfig(Section):
     """How weights are updated."""
 
     name: Literal["adamw", "apollo", "apollo-mini"] = "adamw"
-    """The optimizer; apollo has AdamW's results with a few numbers a row of each matrix, apollo-mini with
+    """The optimizer; apollo approximates AdamW with a few numbers a row of each matrix, apollo-mini with
     two."""
     lr: Positive = 2e-5
     """Peak learning rate."""
@@ -193,7 +194,7 @@ class OptimizerConfig(Section):
     """Settings of apollo and apollo-mini."""
     weights: Literal["float32", "bf16"] = "float32"
     """What trained weights are kept in: float32, or bf16 with stochastic rounding (apollo and apollo-mini,
-    with train.precision bf16 and zero_stage 0)."""
+    with train.precision bf16 and zero_stage 0, without LoRA)."""
     in_backward: bool = False
     """Update each weight as soon as its gradient is there and free the gradient (one process, one micro-batch
     a step, zero_stage 0). `clip_norm` then clips by the norm of the step before."""

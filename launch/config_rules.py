@@ -333,9 +333,10 @@ def _apollo_is_used(config: RunConfig, world_size: int | None) -> Iterator[str]:
         keys = type(defaults).model_fields
         given = [key for key in keys if getattr(optimizer.apollo, key) != getattr(defaults, key)]
         if given:
+            verb, them = ("has", "it") if len(given) == 1 else ("have", "them")
             yield (
-                f"optimizer.apollo.{given[0]} has no effect with optimizer.name='adamw'; remove it, or set "
-                "optimizer.name=apollo or apollo-mini."
+                f"{listed([f'optimizer.apollo.{key}' for key in given], last='and')} {verb} no effect with "
+                f"optimizer.name='adamw'; remove {them}, or set optimizer.name=apollo or apollo-mini."
             )
         return
     if optimizer.apollo.embeddings == "factored" and config.parallel.zero_stage > 0:
@@ -348,6 +349,11 @@ def _apollo_is_used(config: RunConfig, world_size: int | None) -> Iterator[str]:
 def _weights_are_kept(config: RunConfig, world_size: int | None) -> Iterator[str]:
     optimizer = config.optimizer
     if optimizer.weights == "float32":
+        return
+    if config.model.lora is not None:
+        yield (
+            "optimizer.weights='bf16' has no effect with model.lora, whose adapters are float32; remove it."
+        )
         return
     wrong = [
         f"{key}={shown(value)}"
@@ -463,7 +469,8 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(("optimizer.name", "optimizer.apollo", "parallel.zero_stage"), _apollo_is_used),
     Rule(
-        ("optimizer.weights", "optimizer.name", "train.precision", "parallel.zero_stage"), _weights_are_kept
+        ("optimizer.weights", "optimizer.name", "train.precision", "parallel.zero_stage", "model.lora"),
+        _weights_are_kept,
     ),
     Rule(
         (

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 import torch
 from torch import nn
 from torch.optim import Optimizer
@@ -9,6 +11,8 @@ from torch.optim import Optimizer
 from ..apollo import Apollo, parameter_groups
 from ..distributed.zero_init import whole_shape
 from .config import OptimizerConfig
+
+logger = logging.getLogger(__name__)
 
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig, *, seed: int = 0) -> Optimizer:
@@ -18,7 +22,7 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig, *, seed: int = 0)
 
 def _apollo(model: nn.Module, config: OptimizerConfig, seed: int) -> Apollo:
     own = config.apollo
-    return Apollo(
+    optimizer = Apollo(
         parameter_groups(model, embeddings=own.embeddings, weight_decay=config.weight_decay),
         config.lr,
         rank=own.rank,
@@ -30,6 +34,27 @@ def _apollo(model: nn.Module, config: OptimizerConfig, seed: int) -> Apollo:
         norm_growth_limit=own.norm_growth_limit,
         seed=seed,
     )
+    _warn_of_narrow_matrices(optimizer)
+    return optimizer
+
+
+def _warn_of_narrow_matrices(optimizer: Apollo) -> None:
+    """A rank as large as the matrices would make a run of apollo one of AdamW, unseen."""
+    rules = [
+        optimizer.rule_of(group, whole_shape(param))
+        for group in optimizer.param_groups
+        if group["rule"] == "low_rank"
+        for param in group["params"]
+    ]
+    num_narrow = len(rules) - rules.count("low_rank")
+    if num_narrow:
+        logger.warning(
+            "optimizer.apollo.rank=%d is not below the shorter side of %d of the %d matrices, which AdamW "
+            "updates instead; set a lower one, such as a quarter of the hidden size.",
+            optimizer.param_groups[0]["rank"],
+            num_narrow,
+            len(rules),
+        )
 
 
 def _adamw(model: nn.Module, config: OptimizerConfig) -> Optimizer:

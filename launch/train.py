@@ -257,8 +257,9 @@ class _Run:
     def _non_finite(self, what: str) -> TrainingError:
         newest = self.checkpoints.newest()
         left = f"the newest checkpoint is {newest}" if newest else "there is no checkpoint yet"
+        when = "after" if self.config.optimizer.in_backward else "before"
         return TrainingError(
-            f"step {self.state.step + 1}: {what}. Stopped before the update; {left}. Try a lower "
+            f"step {self.state.step + 1}: {what}. Stopped {when} the update; {left}. Try a lower "
             "optimizer.lr, more schedule.warmup_steps, or look at the sequences of this step."
         )
 

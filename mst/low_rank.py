@@ -35,12 +35,12 @@ def linear_parts(module: nn.Module) -> LinearParts | None:
     Anything else: a layer quantised by others, several adapters at once, DoRA, dropout before the adapter, an
     adapter with a bias. Such a module's own forward is to be run.
     """
-    if type(module) is nn.Linear or is_quantized(getattr(module, "weight", None)):
+    if _is_linear(module):
         return LinearParts(module.weight, module.bias)
     if not type(module).__module__.startswith("peft.tuners.lora"):
         return None
     base = module.get_base_layer()
-    if type(base) is not nn.Linear:
+    if not _is_linear(base):
         return None
     off = module.disable_adapters or module.merged
     active = [] if off else [name for name in module.active_adapters if name in module.lora_A]
@@ -56,6 +56,11 @@ def linear_parts(module: nn.Module) -> LinearParts | None:
     if not isinstance(dropout, nn.Identity) and not (isinstance(dropout, nn.Dropout) and dropout.p == 0.0):
         return None
     return LinearParts(base.weight, base.bias, (a.weight, b.weight, module.scaling[name]))
+
+
+def _is_linear(module: nn.Module) -> bool:
+    """Plain or in 8 bits. An adapter's layer shows the weight of the one inside, which is not its own."""
+    return type(module) is nn.Linear or is_quantized(vars(module)["_parameters"].get("weight"))
 
 
 def as_linear_head(head: nn.Module) -> LinearParts | None:

@@ -201,6 +201,7 @@ def variant_of(decoder: dict[str, ModuleType], key: str, loss: Callable[[Any], C
     )
 
 
+@pytest.mark.slow  # every layer and head that is compared, and some of them compile
 def test_every_decoder_variant_that_a_cpu_has_gives_the_first_ones_numbers(decoder, tmp_path: Path) -> None:
     run_decoder(decoder, "--lengths", "128", "61", out=tmp_path)
     kept = json.loads((tmp_path / "decoder.json").read_text())

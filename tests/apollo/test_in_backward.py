@@ -269,6 +269,17 @@ def test_a_second_gradient_is_refused_and_moves_nothing() -> None:
     step_by(handle, model, 2)
 
 
+@pytest.mark.parametrize("make", [torch.optim.SparseAdam, SGD])
+def test_a_sparse_gradient_is_refused(make: Callable[..., Optimizer]) -> None:
+    model = nn.Sequential(nn.Embedding(9, 3, sparse=True))
+    before = model[0].weight.detach().clone()
+    handle = step_in_backward(make(list(model.parameters()), lr=0.1), model, clip_norm=1.0)
+    with pytest.raises(RuntimeError, match=r"the gradient of 0\.weight is sparse; make its layer"):
+        model(torch.tensor([1, 7, 1])).sum().backward()
+    assert_equal(model[0].weight.detach(), before)
+    handle.remove()
+
+
 def test_a_step_without_gradients_is_refused() -> None:
     handle = step_in_backward(SGD(make_model().parameters()))
     with pytest.raises(RuntimeError, match="call backward before"):

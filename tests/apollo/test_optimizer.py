@@ -1,18 +1,15 @@
-"""`Apollo` on one process: its steps are the formulas, computed here in numpy, and its states resume."""
+"""`Apollo` on one process: its steps are the formulas, computed here in numpy, its options are checked."""
 
 from __future__ import annotations
 
-import copy
 import hashlib
-import io
 import math
-import pickle
-from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from apollo_samples import elements, gradients, net, net_steps, walk, weight_of
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -20,8 +17,6 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from longseq.apollo import Apollo, parameter_groups
-from longseq.apollo.layout import Layout, Range
-from longseq.apollo.placement import FlatPart
 
 SHAPES = [(11, 5), (5, 11), (7, 7), (3, 6, 4), (2, 3, 8)]
 KINDS = ["channel", "tensor"]
@@ -119,26 +114,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 def matrices(value: Tensor) -> Tensor:
     return value if value.dim() == 3 else value.unsqueeze(0)
-
-
-def gradients(shape: Sequence[int], steps: int = 5, dtype: torch.dtype = torch.float64) -> list[Tensor]:
-    """They vanish and come back, so that growth is limited in some steps and not in others."""
-    draw = torch.Generator().manual_seed(len(shape))
-    sizes = (1.0, 0.01, 0.02, 0.01, 5.0)
-    return [sizes[i % 5] * torch.randn(shape, generator=draw, dtype=dtype) for i in range(steps)]
-
-
-def weight_of(shape: Sequence[int], dtype: torch.dtype = torch.float64) -> nn.Parameter:
-    return nn.Parameter(
-        torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).to(dtype)
-    )
-
-
-def walk(optimizer: Apollo, param: nn.Parameter, grads: Iterable[Tensor]) -> Tensor:
-    for grad in grads:
-        param.grad = grad.clone()
-        optimizer.step()
-    return param.detach().clone()
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -285,6 +260,30 @@ def test_what_is_not_projected_is_as_with_adamw(shape: tuple[int, ...], rank: in
     assert state["exp_avg"].shape == state["exp_avg_sq"].shape == param.shape
 
 
+@pytest.mark.parametrize("rounding", ["stochastic", "nearest", "master"])
+def test_channels_last_is_as_channels_first(rounding: str) -> None:
+    first, last = (weight_of((5, 3, 2, 4), torch.bfloat16) for _ in range(2))
+    last.data = last.data.to(memory_format=torch.channels_last)
+    assert not last.is_contiguous()
+    for param in (first, last):
+        optimizer = Apollo([("kernel", param)], lr=0.1, rounding=rounding)
+        walk(optimizer, param, gradients(param.shape, 3, torch.bfloat16))
+    assert not last.is_contiguous()
+    assert last.equal(first)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_autocast_around_a_step_changes_nothing(kind: str) -> None:
+    first, second = (weight_of((9, 7), torch.float32) for _ in range(2))
+    optimizers = [
+        Apollo([("w", w)], rank=1 if kind == "tensor" else 2, scale_type=kind) for w in (first, second)
+    ]
+    walk(optimizers[0], first, gradients((9, 7), 3, torch.float32))
+    with torch.autocast("cpu", torch.bfloat16):
+        walk(optimizers[1], second, gradients((9, 7), 3, torch.float32))
+    assert second.equal(first)
+
+
 def test_groups_have_options_of_their_own() -> None:
     shapes, grads = ((7, 5), (5, 8), (6, 6)), {}
     own: list[dict[str, Any]] = [
@@ -318,128 +317,7 @@ def test_groups_have_options_of_their_own() -> None:
         torch.testing.assert_close(param, other, rtol=1e-13, atol=1e-15)
 
 
-# -- states -------------------------------------------------------------------------------------------------
-
-
-def elements(optimizer: Apollo) -> int:
-    states = optimizer.state_dict()["state"].values()
-    return sum(value.numel() for state in states for value in state.values())
-
-
-@pytest.mark.parametrize(("kind", "rank"), [("channel", 1), ("channel", 4), ("tensor", 1)])
-@pytest.mark.parametrize("shape", [(33, 7), (7, 33), (9, 9)], ids=str)
-def test_a_matrix_keeps_2_max_r_plus_2_numbers(shape: tuple[int, int], kind: str, rank: int) -> None:
-    param = weight_of(shape, torch.bfloat16)
-    optimizer = Apollo([param], rank=rank, scale_type=kind)
-    assert elements(optimizer) == 0
-    param.grad = torch.ones_like(param)
-    optimizer.step()
-    assert elements(optimizer) == 2 * max(shape) * rank + 2
-    tensors = optimizer.state[param]
-    assert {value.dtype for value in tensors.values()} == {torch.float32}
-
-
-def test_a_batch_keeps_as_much_as_its_matrices() -> None:
-    param = weight_of((3, 6, 8))
-    optimizer = Apollo([param], rank=2)
-    walk(optimizer, param, gradients((3, 6, 8), 1))
-    assert elements(optimizer) == 3 * (2 * 8 * 2 + 1) + 1  # one count of steps
-
-
-def net(dtype: torch.dtype = torch.float32) -> nn.Module:
-    torch.manual_seed(2)
-    return nn.Sequential(
-        nn.Embedding(13, 6), nn.Linear(6, 11), nn.Tanh(), nn.Linear(11, 6), nn.Linear(6, 13)
-    ).to(dtype)
-
-
-def net_steps(model: nn.Module, optimizer: torch.optim.Optimizer, steps: Iterable[int]) -> None:
-    for step in steps:
-        ids = torch.randint(13, (4, 9), generator=torch.Generator().manual_seed(step))
-        optimizer.zero_grad()
-        F.cross_entropy(model(ids[:, :-1]).float().transpose(1, 2), ids[:, 1:]).backward()
-        optimizer.step()
-
-
-RESUMES: dict[str, tuple[torch.dtype, dict[str, Any]]] = {
-    "float32": (torch.float32, {}),
-    "mini": (torch.float32, {"scale_type": "tensor"}),
-    "float64": (torch.float64, {}),
-    "stochastic": (torch.bfloat16, {"rounding": "stochastic"}),
-    "nearest": (torch.bfloat16, {"rounding": "nearest"}),
-    "master": (torch.bfloat16, {"rounding": "master"}),
-}
-
-
-@pytest.mark.parametrize("name", RESUMES)
-@pytest.mark.parametrize("at", [1, 3, 4])  # the gap is 3: within it, at its end, after it
-def test_states_resume_bit_for_bit_through_a_file(name: str, at: int) -> None:
-    dtype, options = RESUMES[name]
-    more = {"rank": 2 if name != "mini" else 1, "lr": 0.01, "update_gap": 3, "weight_decay": 0.1, **options}
-    plain, model = net(dtype), net(dtype)
-    optimizer = Apollo(plain.named_parameters(), **more)
-    net_steps(plain, optimizer, range(7))
-    first = Apollo(model.named_parameters(), **more)
-    net_steps(model, first, range(at))
-    file = io.BytesIO()
-    torch.save({"model": model.state_dict(), "optimizer": first.state_dict()}, file)
-    file.seek(0)
-    saved = torch.load(file, weights_only=True)
-    other = net(dtype)
-    with torch.no_grad():
-        for param in other.parameters():
-            param.zero_()
-    other.load_state_dict(saved["model"])
-    second = Apollo(other.named_parameters(), **{**more, "lr": 7.0})  # the saved one counts
-    second.load_state_dict(saved["optimizer"])
-    dtypes = {
-        (key, value.dtype) for state in second.state.values() for key, value in state.items() if key != "step"
-    }
-    kept = torch.promote_types(dtype, torch.float32)
-    assert {one for _, one in dtypes} == {kept}, "moments of bf16 weights stay float32"
-    assert all(state["step"].dtype == torch.float32 for state in second.state.values())
-    net_steps(other, second, range(at, 7))
-    for wanted, found in zip(plain.parameters(), other.parameters(), strict=True):
-        assert found.equal(wanted)
-    for one, two in zip(optimizer.state.values(), second.state.values(), strict=True):
-        torch.testing.assert_close(one, two, rtol=0, atol=0)
-
-
-def test_loaded_states_are_copies() -> None:
-    model = net()
-    one, two = (Apollo(model.named_parameters(), rank=2) for _ in range(2))
-    net_steps(model, one, range(1))
-    saved = one.state_dict()
-    before = copy.deepcopy(saved["state"])
-    two.load_state_dict(saved)
-    net_steps(model, two, range(2))
-    torch.testing.assert_close(saved["state"], before, rtol=0, atol=0)
-
-
-def test_states_of_other_parameters_are_refused() -> None:
-    optimizer = Apollo(net().named_parameters(), rank=2)
-    for names in (("a", "b"), ("b", "a", "c")):
-        other = Apollo([(name, weight_of((4, 3))) for name in names], rank=2)
-        with pytest.raises(ValueError, match=r"the states are of other parameters: .* there \(.*\), 7 here"):
-            optimizer.load_state_dict(other.state_dict())
-    turned = dict(reversed(list(net().named_parameters())))
-    with pytest.raises(ValueError, match="in another order"):
-        optimizer.load_state_dict(Apollo(turned.items(), rank=2).state_dict())
-    plain = torch.optim.AdamW(net().parameters())
-    with pytest.raises(ValueError, match="the states are of other parameters"):
-        optimizer.load_state_dict(plain.state_dict())
-
-
-@pytest.mark.parametrize("copied", [copy.deepcopy, lambda one: pickle.loads(pickle.dumps(one))])
-def test_copies_go_on_alike(copied: Any) -> None:
-    model = net()
-    optimizer = Apollo(model.named_parameters(), rank=2, lr=0.01, update_gap=2)
-    net_steps(model, optimizer, range(3))
-    other_model, other = copied((model, optimizer))
-    for one, two in ((model, optimizer), (other_model, other)):
-        net_steps(one, two, range(3, 5))
-    for wanted, found in zip(model.parameters(), other_model.parameters(), strict=True):
-        assert found.equal(wanted)
+# -- schedules ----------------------------------------------------------------------------------------------
 
 
 def test_schedules_and_a_closure() -> None:
@@ -464,18 +342,6 @@ def test_schedules_and_a_closure() -> None:
 
     assert optimizer.step(closure) > 0
     assert all(now.equal(then) for now, then in zip(model.parameters(), before, strict=True)), "lr is 0"
-
-
-def test_reset_forgets_every_step() -> None:
-    param = weight_of((7, 5))
-    optimizer = Apollo([("w", param)], rank=2, lr=0.1)
-    moved = []
-    for _ in range(2):
-        before = param.detach().clone()
-        moved.append(walk(optimizer, param, gradients((7, 5), 2)) - before)
-        optimizer.reset()
-        assert not optimizer.state
-    torch.testing.assert_close(*moved)
 
 
 # -- narrow weights -----------------------------------------------------------------------------------------
@@ -639,39 +505,19 @@ def test_names_are_the_parameters_own() -> None:
     assert [group["names"] for group in unnamed.param_groups] == [["0.0"], ["1.0"]]
 
 
+def test_no_parameters_are_refused() -> None:
+    given = nn.Linear(3, 4).parameters()
+    assert list(given)  # and nothing is left in it
+    with pytest.raises(ValueError, match="empty parameter list"):
+        Apollo(given)
+
+
 def test_a_sparse_gradient_is_refused() -> None:
     layer = nn.Embedding(7, 5, sparse=True)
     optimizer = Apollo([("table", layer.weight)], rank=2)
     layer(torch.tensor([1, 2])).sum().backward()
     with pytest.raises(RuntimeError, match="gradient of table is sparse; make its layer with sparse=False"):
         optimizer.step()
-
-
-def test_flat_parameters_need_a_layout() -> None:
-    optimizer = Apollo([("a", weight_of((4, 3))), ("b", weight_of((3,)))], rank=2)
-    flat = nn.Parameter(torch.zeros(15))
-    flat.grad = torch.ones(15)
-    optimizer.param_groups[0]["params"] = [flat]
-    with pytest.raises(RuntimeError, match=r"2 parameters of a group have become 1,.*lay_out_apollo"):
-        optimizer.step()
-
-
-def test_a_flat_layout_follows_the_groups_that_are_loaded() -> None:
-    """torch makes the groups anew when states are loaded, and schedules write into the new ones."""
-    param = weight_of((4, 3))
-    optimizer = Apollo([("a", param)], rank=2, lr=0.1)
-    flat = nn.Parameter(param.detach().flatten().clone())
-    optimizer.param_groups[0]["params"] = [flat]
-    part = FlatPart("a", Layout((4, 3), (Range(0, 12),)), 0)
-    optimizer.lay_out({flat: (optimizer.param_groups[0], [part])}, None)
-    flat.grad = torch.ones_like(flat)
-    optimizer.step()
-    optimizer.load_state_dict(optimizer.state_dict())
-    optimizer.param_groups[0]["lr"] = 0.0
-    before = flat.detach().clone()
-    optimizer.step()
-    assert flat.equal(before)
-    assert int(optimizer.state["a"]["step"]) == 2
 
 
 def test_step_parameters_knows_its_own() -> None:
@@ -684,37 +530,6 @@ def test_step_parameters_knows_its_own() -> None:
     optimizer.add_param_group({"params": [("b", params[1])]})
     optimizer.step_parameters(params)
     assert len(optimizer.state) == 2
-
-
-# -- the report ---------------------------------------------------------------------------------------------
-
-
-def test_memory_report() -> None:
-    params = {"up": (12, 5), "down": (5, 12), "norm": (9,), "table": (16, 4)}
-    weights = {name: nn.Parameter(torch.zeros(shape, dtype=torch.bfloat16)) for name, shape in params.items()}
-    table = {"params": [("table", weights.pop("table"))], "rule": "adamw_8bit"}
-    optimizer = Apollo([{"params": list(weights.items())}, table], rank=2)
-    foreseen = optimizer.memory_report()
-    for group in optimizer.param_groups:
-        for param in group["params"]:
-            param.grad = torch.ones_like(param)
-    optimizer.step()
-    report = optimizer.memory_report()
-    assert foreseen == report, "of states that are not there yet, what they will be"
-    by_rule = {one.rule: one for one in report.rules}
-    assert [one.rule for one in report.rules] == ["low_rank", "adamw_8bit", "adamw"], "the largest first"
-    low_rank, adamw, eight = by_rule["low_rank"], by_rule["adamw"], by_rule["adamw_8bit"]
-    assert (low_rank.names, low_rank.elements) == (("up", "down"), 120)
-    assert low_rank.state_elements == 2 * (2 * 12 * 2 + 2)
-    assert low_rank.state_bytes == 4 * low_rank.state_elements
-    assert (adamw.names, adamw.elements, adamw.state_bytes) == (("norm",), 9, 4 * (2 * 9 + 1))
-    assert (eight.names, eight.elements) == (("table",), 64)
-    assert eight.state_bytes == 2 * 64 + 2 * 4 + 4
-    assert report.state_bytes == sum(one.state_bytes for one in report.rules)
-    header, *lines = str(report).splitlines()
-    assert header.split() == ["rule", "weights", "elements", "state", "MiB", "bytes/element"]
-    assert lines[0].split() == ["low_rank", "2", "120", "0.0", f"{low_rank.state_bytes / 120:.4f}"]
-    assert len({len(line) for line in (header, *lines)}) == 1
 
 
 # -- and it trains ------------------------------------------------------------------------------------------

@@ -110,11 +110,11 @@ def test_states_are_cut_and_put_together_bit_for_bit(kind: str, size: int, end_t
 
 @pytest.mark.parametrize("rule", ["adamw", "adamw_8bit", "factored"])
 def test_other_rules_go_on_bit_for_bit(rule: str) -> None:
-    """`factored` is of matrices alone."""
+    """`factored` is of matrices, and of batches as one that has all their rows."""
     first, second = (stepped(steps=0) for _ in range(2))
     for optimizer in (first, second):
         kept = [
-            (n, p) for n, p in zip(SHAPES, optimizer.param_groups[0]["params"], strict=True) if p.dim() == 2
+            (n, p) for n, p in zip(SHAPES, optimizer.param_groups[0]["params"], strict=True) if p.dim() >= 2
         ]
         optimizer.param_groups[0].update(names=[n for n, _ in kept], params=[p for _, p in kept], rule=rule)
     for _ in range(2):
@@ -145,6 +145,33 @@ def test_8_bit_moments_are_carried_as_float32_into_other_blocks() -> None:
             assert state.dtype == torch.float32
             error = (again[name][0][key] - state).abs().max()
             assert error <= 0.05 * state.abs().max(), f"{key} of {name}"
+
+
+def test_8_bit_moments_of_float64_weights_go_on() -> None:
+    first, second = stepped(torch.float64, steps=0), stepped(torch.float64, steps=0)
+    for optimizer in (first, second):
+        optimizer.param_groups[0]["rule"] = "adamw_8bit"
+    grads = [torch.randn_like(param) for param in first.param_groups[0]["params"]]
+    for optimizer in (first, first, second):
+        if optimizer is second:
+            restore(second, collected([first]))
+        for param, grad in zip(optimizer.param_groups[0]["params"], grads, strict=True):
+            param.grad = grad
+        optimizer.step()
+    first.step()
+    pairs = zip(first.param_groups[0]["params"], second.param_groups[0]["params"], strict=True)
+    for mine, other in ((first.state[one], second.state[two]) for one, two in pairs):
+        assert all(value.view(-1).equal(other[key].view(-1)) for key, value in mine.items())
+        assert other["exp_avg_scale"].dtype == torch.float32
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_all_of_a_weight_on_one_rank_is_the_weight_itself(name: str) -> None:
+    """It then takes the step, and the kernels, of one process."""
+    [placed] = [one for _, one in flat(1, 0, False).placed() if one.name == name]
+    assert placed.layout == Layout.whole(SHAPES[name])
+    assert placed.weight.shape == SHAPES[name]
+    assert placed.weight._base is not None
 
 
 @pytest.mark.parametrize(

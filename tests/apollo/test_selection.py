@@ -139,6 +139,7 @@ def test_overrides_the_last_that_matches_counts() -> None:
         ({"overrides": {"attention": "adamw"}}, "overrides: 'attention' matches no trainable parameter"),
         ({"overrides": {"frozen": "adamw"}}, "overrides: 'frozen' matches no trainable parameter"),
         ({"overrides": {"norm": "low_rank"}}, r"rule 'low_rank' of norm.weight: \(6,\) is no matrix"),
+        ({"overrides": {"norm": "factored"}}, r"rule 'factored' of norm.weight: \(6,\) is no matrix"),
         ({"overrides": {"conv": "low_rank"}}, r"rule 'low_rank' of conv.weight: \(4, 3, 2, 2\) is no matrix"),
     ],
 )

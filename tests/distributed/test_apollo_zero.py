@@ -13,8 +13,8 @@ import pytest
 import torch
 
 if __name__.endswith("_in_gloo"):
-    # In a process of its own, before anything else is imported: DeepSpeed keeps masters in float32, which
-    # would hide what this looks for.
+    # In a process of its own, before it computes: DeepSpeed keeps masters in float32, which would hide what
+    # this looks for.
     torch.float = torch.float32 = torch.float64
     torch.Tensor.float = torch.Tensor.double
     torch.set_default_dtype(torch.float64)
@@ -31,7 +31,7 @@ from longseq.distributed.engine import Engine, LocalEngine
 if __name__.endswith("_in_gloo"):
     state_files.DTYPES[torch.float64] = "F64"
 
-# Five processes are started, each of which imports DeepSpeed and makes many engines.
+# Six processes are started, each of which makes many engines.
 pytestmark = pytest.mark.slow
 
 KINDS = ("channel", "tensor")
@@ -305,7 +305,10 @@ def references(folder: Path) -> dict[tuple[str, str], dict[str, Tensor]]:
 
 @pytest.fixture(scope="module")
 def found(folder: Path, references: dict) -> dict[str, list[Any]]:
-    results: dict[str, list[Any]] = {}
+    alone: dict[str, Case] = {
+        f"1 {stage}": (walk_case, {"stage": stage, "kind": KINDS[stage % 2]}) for stage in STAGES
+    }
+    results = run_cases(1, alone)
     for size in SIZES:
         cases: dict[str, Case] = {}
         for kind in KINDS:
@@ -364,6 +367,13 @@ def test_every_stage_takes_the_steps_of_one_process(
     own = sum(one["report"]["low_rank"] for one in ranks)
     norms_and_steps = 2 * 3 + (3 + 1) + (2 * 2 if rule == "low_rank" else 0)
     assert own == 2 * channels * rank + size * norms_and_steps, "no moment twice"
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_one_process_has_nobody_to_ask(found: dict, references: dict, stage: int) -> None:
+    [rank] = found[f"1 {stage}"]
+    assert_near(rank["weights"], references[KINDS[stage % 2], "low_rank"])
+    assert rank["calls"] == []
 
 
 @pytest.mark.parametrize("kind", KINDS)

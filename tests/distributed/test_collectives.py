@@ -17,7 +17,7 @@ from longseq.distributed import ProcessGroups, apply_ulysses
 from longseq.distributed.engine import LocalEngine
 from longseq.mst import apply_mini_sequence
 
-# Two processes are started, each of which imports PyTorch and transformers.
+# Two processes are started, and gloo in them.
 pytestmark = pytest.mark.slow
 
 LAYERS = 3

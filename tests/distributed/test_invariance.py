@@ -22,8 +22,8 @@ import pytest
 import torch
 
 if __name__.endswith("_in_gloo"):
-    # In a process of its own, before anything else is imported: DeepSpeed keeps masters in float32 and
-    # transformers computes rotary embeddings in it, which would hide what this looks for.
+    # In a process of its own, before it computes: DeepSpeed keeps masters in float32 and transformers
+    # computes rotary embeddings in it, which would hide what this looks for.
     torch.float = torch.float32 = torch.float64
     torch.Tensor.float = torch.Tensor.double
     torch.set_default_dtype(torch.float64)
@@ -39,7 +39,7 @@ from longseq.distributed.loss import count_tokens
 from longseq.distributed.zero_config import ZeroOptions
 from longseq.mst import apply_mini_sequence
 
-# Eleven processes are started, each of which imports DeepSpeed and makes many engines.
+# Eleven processes are started, each of which makes many engines.
 pytestmark = pytest.mark.slow
 
 HEADS = ((4, 4), (4, 2), (8, 1), (6, 3), (7, 7))

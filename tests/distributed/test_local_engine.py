@@ -50,6 +50,14 @@ def test_micro_batches_add_up_and_the_last_one_steps() -> None:
         assert ours.grad is None
 
 
+def test_the_norm_of_bf16_gradients_is_not_rounded_to_bf16() -> None:
+    model = nn.Sequential(nn.Linear(6, 64), nn.Tanh(), nn.Linear(64, 5)).bfloat16()
+    engine = LocalEngine(model, torch.optim.SGD(model.parameters(), lr=0.0), ALONE)
+    engine.backward(loss_of(model, 0))
+    wanted = torch.cat([param.grad.double().view(-1) for param in model.parameters()]).norm().item()
+    assert engine.step(0.0) == pytest.approx(wanted, rel=1e-5)
+
+
 @pytest.mark.parametrize("clip_norm", [0.01, 1e6])
 def test_clipping_is_torchs(clip_norm: float) -> None:
     model, plain = copies()
@@ -183,6 +191,14 @@ def test_a_step_in_backward_goes_on_bit_for_bit(tmp_path: Path) -> None:
     assert norms[0] == norms[1]
     for ours, param in zip(second.module.parameters(), first.module.parameters(), strict=True):
         assert torch.equal(ours, param)
+
+
+def test_what_is_clipped_by_is_forgotten_with_the_states() -> None:
+    engine = in_backward_engine()
+    in_backward_step(engine, 0, 0.1)
+    engine.reset_optimizer()
+    assert not engine._optimizer.state
+    assert engine._in_backward.previous_norm is None
 
 
 def test_a_gradient_that_is_not_finite_stops_after_a_step_in_backward() -> None:

@@ -16,7 +16,7 @@ from longseq.distributed.engine import Engine, LocalEngine
 from longseq.distributed.probe import ReducerScaleError, calibrate, measure_reducer_divisor
 from longseq.distributed.zero_config import ZeroOptions
 
-# The processes import DeepSpeed (some 8 s each).
+# Processes are started that make engines of DeepSpeed.
 pytestmark = pytest.mark.slow
 
 STAGES = (0, 1, 2, 3)

@@ -24,7 +24,7 @@ from training_samples import (
 from longseq.distributed import ProcessGroups
 from longseq.distributed.engine import LocalEngine, NonFiniteGradientError
 
-# Two processes are started, each of which imports PyTorch and most transformers.
+# Two processes are started, and train models by several engines.
 pytestmark = pytest.mark.slow
 
 LAYOUTS = {

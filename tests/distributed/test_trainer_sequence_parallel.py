@@ -18,7 +18,7 @@ from training_samples import VOCAB, tiny_llama, weights_of
 from longseq.distributed import ProcessGroups, apply_ulysses
 from longseq.distributed.trainer import SequenceParallelMixin
 
-# Slow: eight processes are started, which import transformers, and two of them DeepSpeed.
+# Slow: eight processes are started, which import the Trainer.
 pytestmark = pytest.mark.slow
 
 LENGTHS = (37, 20, 50, 31, 9, 44, 2, 28, 33, 12, 47, 5, 26)

@@ -17,7 +17,7 @@ from longseq.distributed.attention import AttentionOptions, local_attention
 from longseq.distributed.head_plan import plan_heads
 from longseq.distributed.ulysses import UlyssesAttention
 
-# Nine processes are started, each of which imports PyTorch and most transformers.
+# Nine processes are started, for many cases each.
 pytestmark = pytest.mark.slow
 
 LENGTH, HEAD_DIM = 36, 8

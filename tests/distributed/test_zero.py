@@ -29,7 +29,7 @@ from longseq.distributed.state_files import SavedState
 if TYPE_CHECKING:
     from longseq.distributed.zero import DeepSpeedEngine
 
-# The processes import DeepSpeed (some 8 s each) and make an engine for every case.
+# Processes are started that make an engine of DeepSpeed for every case.
 pytestmark = pytest.mark.slow
 
 STAGES = (1, 2, 3)

@@ -93,7 +93,7 @@ def outcomes() -> dict[str, list]:
     return run_cases(2, cases)
 
 
-# The processes import DeepSpeed (some 8 s each) and make an engine for every case.
+# Processes are started that make an engine of DeepSpeed for every case.
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [*OFFLOADED, "a user's own"])
 def test_the_steps_are_those_of_plain_pytorch(outcomes: dict[str, list], name: str) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from longseq.launch.config import ModelConfig
 
-# The processes import DeepSpeed (some 8 s each).
+# Processes are started that make engines of DeepSpeed.
 pytestmark = pytest.mark.slow
 
 CPU = torch.device("cpu")

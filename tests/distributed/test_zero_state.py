@@ -15,7 +15,7 @@ from longseq.distributed import ProcessGroups
 from longseq.distributed.engine import Engine, LocalEngine
 from longseq.distributed.state_files import WEIGHT, SavedState
 
-# Processes that import DeepSpeed are started four times: a layout's checkpoint is the next one's beginning.
+# Processes are started four times, and DeepSpeed in them: a layout's checkpoint is the next one's beginning.
 pytestmark = pytest.mark.slow
 
 LAYOUTS = {

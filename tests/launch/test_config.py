@@ -222,8 +222,8 @@ def test_a_rule_is_silent_about_a_key_whose_value_is_not_known(slip):
         ),
         (
             run(optimizer={"apollo": {"rank": 8, "alpha": 2}}),
-            "optimizer.apollo.rank has no effect with optimizer.name='adamw'; remove it, or set "
-            "optimizer.name=apollo or apollo-mini.",
+            "optimizer.apollo.rank and optimizer.apollo.alpha have no effect with optimizer.name='adamw'; "
+            "remove them, or set optimizer.name=apollo or apollo-mini.",
         ),
         (
             run(
@@ -244,6 +244,12 @@ def test_a_rule_is_silent_about_a_key_whose_value_is_not_known(slip):
                 parallel={"zero_stage": 1},
             ),
             "does not go with train.precision='float32' or parallel.zero_stage=1: it needs",
+        ),
+        (
+            run(
+                model={"name": "org/model", "lora": {}}, optimizer={"name": "apollo-mini", "weights": "bf16"}
+            ),
+            "optimizer.weights='bf16' has no effect with model.lora, whose adapters are float32; remove it.",
         ),
         (
             run(optimizer={"in_backward": True}, train={"global_batch_sequences": 4}),

@@ -17,7 +17,7 @@ from longseq.launch.config_file import parse_config
 from longseq.launch.doctor import Finding, check_sequence_parallelism, report
 from longseq.mst.families import FAMILIES
 
-# Processes are started, each of which imports PyTorch and transformers.
+# Processes are started, by the command line too.
 pytestmark = pytest.mark.slow
 
 

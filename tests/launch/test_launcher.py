@@ -23,6 +23,8 @@ from longseq.launch.nodes import ask_to_stop, first_host, meet
 from longseq.launch.processes import StopRequest, free_port, is_launched, local_gpu
 
 CLI = [sys.executable, "-m", "longseq.launch.cli"]
+HANG_S = 300
+"""A command that has not come so far by then never will, however busy the machine is."""
 
 
 @pytest.fixture(scope="module")
@@ -400,6 +402,8 @@ def test_ulysses_on_the_command_line_is_the_run_of_one_process(shop: Workshop) -
 
 def signalled(yaml: Path, run: Path, number: int) -> tuple[int, str]:
     """Exit status and output of a command whose process group gets a signal once two steps are done."""
+    # Tests in a shell's background (`make test &`) ignore Ctrl-C, and so would all that they start.
+    earlier = signal.signal(signal.SIGINT, signal.default_int_handler)
     process = subprocess.Popen(
         [*CLI, "train", str(yaml)],
         env=environment(),
@@ -408,14 +412,15 @@ def signalled(yaml: Path, run: Path, number: int) -> tuple[int, str]:
         text=True,
         start_new_session=True,
     )
+    signal.signal(signal.SIGINT, earlier)
     try:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + HANG_S
         while not (run / "metrics.jsonl").is_file() or len(losses(run)) < 2:
             assert process.poll() is None
             assert time.monotonic() < deadline
             time.sleep(0.05)
         os.killpg(process.pid, number)
-        printed, _ = process.communicate(timeout=120)
+        printed, _ = process.communicate(timeout=HANG_S)
     finally:
         process.terminate()
     return process.returncode, printed

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import nn
 
@@ -59,6 +60,16 @@ def test_apollos_numbers_are_its_own_where_the_config_has_none() -> None:
             assert (group["scale_type"], group["rank"], group["alpha"]) == (scale_type, rank, alpha)
             assert (group["eps"], group["update_gap"], group["seed"]) == (1e-6, 200, 5)
     assert build_optimizer(layers, OptimizerConfig()).param_groups[0]["eps"] == 1e-8
+
+
+def test_matrices_too_narrow_for_the_rank_are_told(caplog: pytest.LogCaptureFixture) -> None:
+    """AdamW would update them, unseen. Embeddings that get AdamW by the config are none of them."""
+    layers = nn.Sequential(nn.Embedding(40, 16), nn.Linear(16, 32), nn.Linear(32, 32), nn.LayerNorm(32))
+    for rank, told in ((32, "2 of the 2"), (None, "2 of the 2"), (16, "1 of the 2"), (15, None)):
+        caplog.clear()
+        build_optimizer(layers, OptimizerConfig(name="apollo", apollo=ApolloConfig(rank=rank)))
+        expected = f"optimizer.apollo.rank={rank or 256} is not below the shorter side of {told} matrices"
+        assert expected in caplog.text if told else not caplog.records
 
 
 def test_the_configs_numbers_reach_apollo() -> None:

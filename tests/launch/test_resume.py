@@ -12,7 +12,7 @@ from longseq.launch.checkpoint import Checkpoints
 from longseq.launch.config_file import parse_config
 from longseq.launch.resume import choose_checkpoint
 
-# Slow: two processes are started, which import torch.
+# Slow: two processes are started.
 pytestmark = pytest.mark.slow
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,8 +22,10 @@ from tiny_run import (
     weights,
 )
 
+from longseq.launch import train as train_module
 from longseq.launch.checkpoint import newest_checkpoint
 from longseq.launch.export import export_checkpoint
+from longseq.launch.train import TrainingError
 
 APOLLO = ["optimizer.name=apollo", "optimizer.apollo.rank=6", "optimizer.apollo.update_gap=2"]
 MINI = ["optimizer.name=apollo-mini", "optimizer.apollo.alpha=2", "optimizer.apollo.embeddings=low_rank"]
@@ -95,12 +98,38 @@ def test_the_same_config_is_the_same_run_and_alpha_counts(shop: Workshop) -> Non
 
 
 @pytest.mark.parametrize(
-    ("before", "after"), [([], APOLLO), (APOLLO, [*APOLLO, "optimizer.apollo.rank=5"])], ids=["adamw", "rank"]
+    ("before", "after", "told"),
+    [
+        ([], APOLLO, "of another optimizer or of another rank"),
+        (APOLLO, [*APOLLO, "optimizer.apollo.rank=5"], "of another optimizer or of another rank"),
+        (APOLLO, [], "written by another optimizer, such as apollo"),
+    ],
+    ids=["adamw", "rank", "apollo"],
 )
 def test_states_of_another_optimizer_are_refused(
-    shop: Workshop, request: pytest.FixtureRequest, before: list[str], after: list[str]
+    shop: Workshop, request: pytest.FixtureRequest, before: list[str], after: list[str], told: str
 ) -> None:
     name = f"was-{request.node.callspec.id}"
     shop.run(name, "train.steps=2", *before)
-    with pytest.raises(ValueError, match="of another optimizer or of another rank"):
+    with pytest.raises(ValueError, match=told):
         train_here(shop.config(name, "train.steps=4", *after))
+
+
+@pytest.mark.parametrize(
+    ("when", "overrides"), [("before", []), ("after", IN_BACKWARD)], ids=["before", "after"]
+)
+def test_a_norm_that_is_not_finite_stops_and_says_when(
+    shop: Workshop, when: str, overrides: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In backward, weights whose own gradient is finite have been updated by then."""
+    build = train_module.set_up
+
+    def with_a_broken_gradient(*given: Any) -> Any:
+        parts = build(*given)
+        broken = next(iter(parts.engine.module.parameters()))
+        broken.register_hook(lambda grad: grad * float("nan"))
+        return parts
+
+    monkeypatch.setattr(train_module, "set_up", with_a_broken_gradient)
+    with pytest.raises(TrainingError, match=f"step 1: gradient norm is nan. Stopped {when} the update"):
+        train_here(shop.config(f"nan-{when}", *overrides))

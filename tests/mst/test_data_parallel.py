@@ -18,7 +18,7 @@ from training_samples import VOCAB, tiny_llama, weights_of
 from longseq.mst import apply_mini_sequence
 from longseq.mst.placement import Placement
 
-# Two processes are started, each of which imports PyTorch, accelerate and most transformers.
+# Two processes are started, which import accelerate.
 pytestmark = pytest.mark.slow
 
 WORLD = 2

@@ -18,7 +18,7 @@ from longseq.mst import apply_mini_sequence
 from longseq.mst.layer_places import least_of_ranks, lockstep_group
 from longseq.mst.placement import Placement
 
-# Two processes are started, each of which imports PyTorch and most transformers.
+# Two processes are started, and train models by several engines.
 pytestmark = pytest.mark.slow
 
 CASES: dict[str, dict[str, Any]] = {

@@ -23,7 +23,7 @@ from longseq.distributed import ProcessGroups
 from longseq.mst import apply_mini_sequence
 from longseq.mst.placement import Placement
 
-# The processes import DeepSpeed (some 8 s each) and make an engine for every case.
+# Processes are started that make an engine of DeepSpeed for every case.
 pytestmark = pytest.mark.slow
 
 LAYERS = 4
