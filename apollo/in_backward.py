@@ -28,10 +28,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FullyShardedDataParallel
-from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
+
+from .dispatch import is_dtensor
 
 NAME_LISTS = ("names", "param_names")
 """Keys of a parameter group that have one entry a parameter: Apollo's, and that of `torch.optim`."""
@@ -154,7 +154,7 @@ class InBackwardHandle:
                 f"the gradient of {self._name(param)} is sparse; make its layer with sparse=False."
             )
         self._norms[param] = norm = _norm(param.grad)
-        grad = param.grad.to_local() if isinstance(param.grad, DTensor) else param.grad
+        grad = param.grad.to_local() if is_dtensor(param.grad) else param.grad
         if self._clip_norm is not None:
             bound = norm if self.previous_norm is None else norm.maximum(self.previous_norm.to(norm))
             grad.mul_(self._clip_norm / bound.clamp(min=self._clip_norm))
@@ -208,7 +208,7 @@ def _weakly(take: Callable[[nn.Parameter], None]) -> Callable[[nn.Parameter], No
 def _norm(grad: Tensor) -> Tensor:
     """Norm over all ranks, in at least float32."""
     norm = torch.linalg.vector_norm(grad, dtype=torch.promote_types(grad.dtype, torch.float32))
-    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+    return norm.full_tensor() if is_dtensor(norm) else norm
 
 
 def _step_without_hooks(optimizer: Optimizer) -> None:
@@ -223,6 +223,8 @@ def _step_without_hooks(optimizer: Optimizer) -> None:
 
 
 def _refuse_partial_gradients(optimizer: Optimizer, model: nn.Module | None) -> None:
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
     params: list[Any] = [param for group in optimizer.param_groups for param in group["params"]]
     if hasattr(model, "zero_optimization") or any(hasattr(param, "ds_id") for param in params):
         raise ValueError(

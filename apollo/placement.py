@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Replicate, Shard
 
+from .dispatch import is_dtensor
 from .layout import Layout, Range
 from .projection import parameter_key
 
@@ -54,7 +54,7 @@ class Placed:
     group: dist.ProcessGroup | None = None
     kept: dict[str, Any] = field(default_factory=dict)
     owner: Any = None
-    whole: DTensor | None = None
+    whole: Any = None
     quantized: Any = None
 
     def key(self, seed: int) -> int:
@@ -85,6 +85,8 @@ class Placed:
                 self.kept[key] = value if self.whole is None else self._sharded(key, value)
 
     def _sharded(self, key: str, value: Tensor) -> Tensor:
+        from torch.distributed.tensor import DTensor, Shard
+
         assert self.whole is not None
         mesh, placements = self.whole.device_mesh, self.whole.placements
         if value.shape == self.weight.shape and key != "step":
@@ -107,17 +109,19 @@ def place(name: str, param: Tensor, states: Mapping[Any, dict[str, Any]]) -> Pla
         ValueError: A DTensor that is sharded over more than one dimension of its mesh, or is a partial sum.
     """
     grad = param.grad
-    if not isinstance(param, DTensor):
+    if not is_dtensor(param):
         quantized = getattr(param, "quantized", None)
         whole = Layout.whole(param.shape)
         return Placed(name, param, grad, whole, kept=states.get(param, {}), owner=param, quantized=quantized)
+    from torch.distributed.tensor import Replicate, Shard
+
     mesh_dims = [i for i, one in enumerate(param.placements) if not isinstance(one, Replicate)]
     if len(mesh_dims) > 1 or any(type(param.placements[i]) is not Shard for i in mesh_dims):
         raise ValueError(
             f"{name} is a DTensor with placements {param.placements}; Apollo takes one Shard(dim) and "
             "Replicate() beside it. Shard it over one dimension of the mesh."
         )
-    if grad is not None and (not isinstance(grad, DTensor) or grad.placements != param.placements):
+    if grad is not None and (not is_dtensor(grad) or grad.placements != param.placements):
         raise ValueError(f"the gradient of {name} is not sharded as the weight is; reduce it first.")
     local = Placed(
         name,
@@ -157,7 +161,7 @@ def place_flat(
 
 def local_part(value: Any) -> Any:
     """Of a DTensor, what is here."""
-    return value.to_local() if isinstance(value, DTensor) else value
+    return value.to_local() if is_dtensor(value) else value
 
 
 def _strides(shape: tuple[int, ...]) -> list[int]:

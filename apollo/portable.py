@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
+from .dispatch import is_dtensor
 from .eight_bit import dequantized, quantized
 from .placement import Placed, local_part
 
@@ -115,8 +115,10 @@ def restore_state(
 
 def as_dtensors(param: Tensor, state: dict[str, Any]) -> dict[str, Any]:
     """The state of a parameter; of a DTensor, with float32 DTensors for moments of 8 bits."""
-    if not isinstance(param, DTensor) or "exp_avg_scale" not in state:
+    if not is_dtensor(param) or "exp_avg_scale" not in state:
         return state
+    from torch.distributed.tensor import DTensor
+
     wide = {key: value for key, value in state.items() if not key.startswith("exp_avg")}
     for key in MOMENTS:
         codes, scale = (local_part(state[name]).view(-1) for name in (key, f"{key}_scale"))

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal, get_args
 
+import torch
 from torch import Tensor, nn
 
 Rule = Literal["low_rank", "adamw", "adamw_8bit", "factored"]
@@ -63,9 +64,9 @@ def parameter_groups(
     return list(groups.values())
 
 
-def whole_shape(param: Tensor) -> tuple[int, ...]:
+def whole_shape(param: Tensor) -> torch.Size:
     """The shape of a weight, also of one that ZeRO-3 has sharded: its own is then `(0,)`."""
-    return tuple(getattr(param, "ds_shape", param.shape))
+    return torch.Size(getattr(param, "ds_shape", param.shape))
 
 
 def _vocabulary_weights(model: nn.Module) -> Iterable[Tensor]:

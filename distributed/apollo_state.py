@@ -12,8 +12,9 @@ from ..apollo import Apollo
 from ..apollo.layout import Layout, Range
 from ..apollo.placement import FlatPart
 from ..apollo.portable import restore_state, state_parts
+from ..apollo.selection import whole_shape
 from .state_files import Piece, SavedState, loaded_scalar
-from .zero_state import partitions, whole_shape
+from .zero_state import partitions
 
 
 def lay_out_apollo(zero_optimizer: Any, module: nn.Module) -> None:
@@ -38,7 +39,7 @@ def lay_out_apollo(zero_optimizer: Any, module: nn.Module) -> None:
             FlatPart(
                 names[span.param],
                 Layout(
-                    tuple(whole_shape(span.param)),
+                    whole_shape(span.param),
                     tuple(Range(other.start, other.start + other.numel) for other in others),
                 ),
                 span.offset,

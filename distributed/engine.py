@@ -258,10 +258,8 @@ def _norm(grads: list[Tensor]) -> Tensor:
     """Of all gradients together, in at least float32: `clip_grad_norm_` takes it in their own dtype."""
     if not grads:
         return torch.zeros(())
-    norms = [
-        torch.linalg.vector_norm(grad, dtype=torch.promote_types(grad.dtype, torch.float32)) for grad in grads
-    ]
-    return torch.linalg.vector_norm(torch.stack(norms))
+    wide = torch.float64 if any(grad.dtype == torch.float64 for grad in grads) else torch.float32
+    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads, 2.0, wide)))
 
 
 def _finite(norm: float) -> float:

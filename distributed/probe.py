@@ -14,10 +14,10 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor, nn
 
+from ..apollo.selection import whole_shape
 from .engine import Engine
 from .groups import ProcessGroups
 from .sequence import shard_batch
-from .zero_state import whole_shape
 
 logger = logging.getLogger(__name__)
 

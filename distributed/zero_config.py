@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from .zero_state import whole_shape
+from ..apollo.selection import whole_shape
 
 PERSISTENT_NUMEL = 100_000
 """Weights up to this size (norms, biases) stay whole on every rank: DeepSpeed's own default."""

@@ -15,8 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ..apollo.selection import whole_shape
 from .zero import _quiet_deepspeed
-from .zero_state import whole_shape
 
 NAMED_AT_MOST = 5
 """Weights that an error names."""

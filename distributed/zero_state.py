@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ..apollo.selection import whole_shape
 from .state_files import (
     WEIGHT,
     Piece,
@@ -31,11 +32,6 @@ from .state_files import (
 )
 
 logger = logging.getLogger(__name__)
-
-
-def whole_shape(param: Tensor) -> torch.Size:
-    """The shape of a weight, also of one that ZeRO-3 has sharded: its own is then `(0,)`."""
-    return getattr(param, "ds_shape", param.shape)
 
 
 class Span(NamedTuple):
