@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import math
 import sys
@@ -13,9 +12,9 @@ from typing import Any
 
 import pytest
 import torch
+from benchmark_modules import imported
 from torch.nn import functional as F
 
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 NAMES = (
     "report",
     "lm_head_data",
@@ -39,10 +38,7 @@ DECODER_NAMES = (
 @pytest.fixture
 def bench(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, ModuleType]]:
     """The modules of the folder, imported as `python benchmarks/lm_head.py` does, and gone afterwards."""
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    yield {name: importlib.import_module(name) for name in NAMES}
-    for name in NAMES:
-        sys.modules.pop(name)
+    yield from imported(monkeypatch, NAMES)
 
 
 def problem_of(bench: dict[str, ModuleType], kind: str, num_tokens: int, vocab_size: int = 5003):
@@ -181,11 +177,8 @@ def test_picture_has_the_case_nearest_to_8192_tokens(bench, tmp_path: Path) -> N
 @pytest.fixture
 def decoder(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, ModuleType]]:
     """The modules of decoder.py, on the CPU wherever this runs."""
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    yield {name: importlib.import_module(name) for name in DECODER_NAMES}
-    for name in DECODER_NAMES:
-        sys.modules.pop(name)
+    yield from imported(monkeypatch, DECODER_NAMES)
 
 
 def run_decoder(decoder: dict[str, ModuleType], *options: str, out: Path | None = None) -> None:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import math
-import sys
 import sysconfig
 import tarfile
 from collections.abc import Iterator
@@ -16,8 +14,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from benchmark_modules import imported
 
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 PRETRAINING_NAMES = (
     "report",
     "optimizer_corpus",
@@ -32,10 +30,7 @@ PRETRAINING_NAMES = (
 @pytest.fixture
 def pretraining(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, ModuleType]]:
     """The modules of pre-training, imported as the script does, and gone afterwards."""
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    yield {name: importlib.import_module(name) for name in PRETRAINING_NAMES}
-    for name in PRETRAINING_NAMES:
-        sys.modules.pop(name)
+    yield from imported(monkeypatch, PRETRAINING_NAMES)
 
 
 @pytest.fixture(scope="module")

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
 import json
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -12,18 +10,15 @@ from typing import Any
 
 import pytest
 import torch
+from benchmark_modules import imported
 
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 NAMES = ("report", "decoder_model", "optimizer_systems", "optimizer", "optimizer_memory")
 
 
 @pytest.fixture
 def bench(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, ModuleType]]:
     """The modules of the folder, imported as `python benchmarks/optimizer.py` does, and gone afterwards."""
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    yield {name: importlib.import_module(name) for name in NAMES}
-    for name in NAMES:
-        sys.modules.pop(name)
+    yield from imported(monkeypatch, NAMES)
 
 
 def kept(out: Path, name: str) -> list[dict[str, Any]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import subprocess
@@ -13,18 +12,15 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+from benchmark_modules import BENCHMARKS, imported
 
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 NAMES = ("report", "sequence_parallel_comm", "sequence_parallel_rows", "sequence_parallel_plot")
 
 
 @pytest.fixture
 def bench(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, ModuleType]]:
     """The modules that need no process group, imported as the script does, and gone afterwards."""
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    yield {name: importlib.import_module(name) for name in NAMES}
-    for name in NAMES:
-        sys.modules.pop(name)
+    yield from imported(monkeypatch, NAMES)
 
 
 def launch(num_processes: int, *options: str, out: Path, script: Path | None = None) -> tuple[int, str]:

@@ -1,6 +1,7 @@
 """Block sizes of the kernels for whole matrices, and why.
 
-Chosen among some twenty each on an H200, on the four shapes of Llama-3-8B's decoder matrices in bf16.
+Chosen among a dozen or two each on an H200, on the four shapes of Llama-3-8B's decoder matrices in bf16
+(`benchmarks/results/optimizer_tuning.md`).
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ class Tiles:
 
     Attributes:
         channels: Of a tile of the product. Two programs of 64 channels in 4 warps share a processor, and one
-            moves its moments while the other multiplies: 12 to 19 % faster than one of 128 in 8.
+            moves its moments while the other multiplies: 13 to 23 % faster than one of 128 in 8.
         ranks: Most of a tile; a larger rank takes several programs, each of which reads the gradient.
         inner_bytes: Of a channel's part that a program reads at a time; 128 is a line, and a swizzle's width.
         num_warps: Of the product's programs.

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from compile_runs import run_compiler
 from torch import Tensor
 
 pytest.importorskip("triton")
@@ -256,18 +253,5 @@ if compile_kernels.can_compile(seen):
 @pytest.mark.slow  # eight compilations, which the user's cache must not answer
 def test_the_kernel_compiles_for_hopper(tmp_path: Path) -> None:
     """Every way of rounding, with and without wide loads; other scalars are no other kernels."""
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("TRITON_")}
-    done = subprocess.run(
-        [sys.executable, "-c", COMPILED, str(Path(__file__).parents[1])],
-        env=environment | {"TRITON_CACHE_DIR": str(tmp_path), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-    unsupported = [line["unsupported"] for line in found if "unsupported" in line]
-    if unsupported:
-        pytest.skip(f"cannot compile without a launch: {unsupported[0]}")
-    assert done.returncode == 0, done.stderr[-4000:]
+    found = run_compiler(["-c", COMPILED, str(Path(__file__).parents[1])], tmp_path)
     assert found[-1] == {"done": 2 * 4 + 1}  # and the probe

@@ -6,12 +6,10 @@ As a program, this file compiles what a step of matrices launches (`compile_kern
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from compile_runs import run_compiler
 
 SHARED_MEMORY = 227 * 1024
 """Bytes that one program may use on Hopper."""
@@ -22,22 +20,7 @@ MODULES = ("projection", "statistics", "moments", "update")
 @pytest.mark.slow  # some 30 compilations of a second and more, which the user's cache must not answer
 def test_compile(tmp_path: Path) -> None:
     pytest.importorskip("triton")
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("TRITON_")}
-    environment |= {"TRITON_CACHE_DIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, __file__],
-        env=environment | {"PYTHONPATH": str(Path(__file__).parents[1])},
-        capture_output=True,
-        text=True,
-        timeout=900,
-        check=False,
-    )
-    found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-    unsupported = [line["unsupported"] for line in found if "unsupported" in line]
-    if unsupported:
-        pytest.skip(f"cannot compile without a launch: {unsupported[0]}")
-    assert done.returncode == 0, done.stderr[-4000:]
-    assert found[-1] == {"done": True}, found[-3:]
+    found = run_compiler([__file__], tmp_path)
     assert not [line["never_launched"] for line in found if "never_launched" in line]
     compiled = [line for line in found if "kernel" in line]
     assert not [line for line in compiled if line["shared"] > SHARED_MEMORY]

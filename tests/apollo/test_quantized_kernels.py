@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import mmap
-import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from compile_runs import run_compiler
 from torch import Tensor
 
 from longseq.apollo import int8
@@ -186,23 +184,7 @@ if compile_kernels.can_compile(seen):
 
 @pytest.mark.slow  # 10 compilations: the user's cache must not answer for the compiler
 def test_kernels_compile_for_hopper(tmp_path: Path) -> None:
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("TRITON_")}
-    environment |= {"TRITON_CACHE_DIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
-    environment["PYTHONPATH"] = str(Path(__file__).parents[1])
-    done = subprocess.run(
-        [sys.executable, "-c", COMPILE],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-    )
-    found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-    unsupported = [line["unsupported"] for line in found if "unsupported" in line]
-    if unsupported:
-        pytest.skip(f"cannot compile without a launch: {unsupported[0]}")
-    assert done.returncode == 0, done.stderr[-4000:]
-    assert found[-1] == {"done": True}
+    found = run_compiler(["-c", COMPILE], tmp_path)
     assert {line.get("kernel") for line in found} >= {"_dequantize_kernel", "_quantize_kernel"}
 
 
