@@ -58,11 +58,33 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     train = _config_command(commands, "train", _train, "train, or go on with a run that was stopped")
-    doctor = _config_command(commands, "doctor", _doctor, "check that processes together compute as one does")
+    doctor = _config_command(
+        commands, "doctor", _doctor, "check this machine, and that processes together compute as one does"
+    )
     for command in (train, doctor):
         command.add_argument("--num-gpus", type=int, help="processes in all; the same as parallel.num_gpus=N")
         command.add_argument("--hostfile", help="DeepSpeed hostfile, to start on several nodes")
         command.epilog = "What stands behind -- goes to DeepSpeed's launcher."
+    train.add_argument(
+        "--max-restarts", type=int, default=0, metavar="N", help="go on by itself after a crash, N times at most"
+    )
+
+    plan = _config_command(commands, "plan", _plan, "will it fit, how fast, with which settings; needs no GPU")
+    plan.add_argument("--gpu", help="a GPU that is not here, such as h100-80g")
+    plan.add_argument("--num-gpus", type=int, help="how many of them; the same as parallel.num_gpus=N")
+    plan.add_argument("--gpus-per-node", type=int, help="of a machine that is not here; default: 8 at most")
+    plan.add_argument("--host-memory", help="of each node, such as 1.9T or 512G; default: this machine's")
+    plan.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    plan.add_argument("--plot", type=Path, metavar="PNG", help="draw the memory as bars")
+    plan.add_argument(
+        "--calibrate", action="store_true", help="time the GPU that is here for 20 seconds, and keep its figures"
+    )
+
+    _config_command(commands, "check", _check, "validate a config, show what of a batch carries loss, and the plan")
+    verify = _config_command(
+        commands, "verify", _verify, "compare a small model like yours with plain PyTorch in float64"
+    )
+    verify.add_argument("--json", action="store_true", help="print JSON instead of tables")
 
     _config_command(commands, "prepare", _prepare, "tokenise the data of a config, and show its lengths")
 
@@ -70,6 +92,9 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("checkpoint", type=Path, help="RUN/checkpoints/step-*, or RUN for its newest")
     export.add_argument("out", type=Path, help="folder to write")
     export.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: as it was trained")
+    export.add_argument(
+        "--adapters", choices=("merge", "apart"), default="merge", help="LoRA: merged into the model, or alone"
+    )
     export.add_argument("--overwrite", action="store_true", help="replace what is at OUT")
     export.set_defaults(run=_export)
 
@@ -112,6 +137,24 @@ def _doctor(args: argparse.Namespace) -> int:
         return examine(config)
 
     return _on_processes(args, work)
+
+
+def _plan(args: argparse.Namespace) -> int:
+    from .planner.command import plan
+
+    return plan(args)
+
+
+def _check(args: argparse.Namespace) -> int:
+    from .check import check
+
+    return check(args.config, args.overrides)
+
+
+def _verify(args: argparse.Namespace) -> int:
+    from .verify.command import verify
+
+    return verify(args.config, args.overrides, as_json=args.json)
 
 
 def _on_processes(args: argparse.Namespace, work: Callable[[RunConfig], int]) -> int:

@@ -119,8 +119,9 @@ class DataConfig(Section):
 class SequenceConfig(Section):
     """How long a sequence is, and how its memory is kept small."""
 
-    length: Tokens = 4096
-    """Tokens of a packed sequence, over all GPUs that share it."""
+    length: Tokens | Literal["max"] = 4096
+    """Tokens of a packed sequence, over all GPUs that share it; `max` is the longest that the plan finds room
+    for."""
     mini_sequence: bool = True
     """Run every MLP tile by tile and recompute it in backward (MST)."""
     tile_tokens: Tokens | Literal["auto"] = "auto"
@@ -147,14 +148,14 @@ class ParallelConfig(Section):
     num_gpus: Count | Literal["auto"] = "auto"
     """Processes in all, one a GPU. `auto`: every visible GPU; on a machine without one,
     `ulysses_degree` processes."""
-    ulysses_degree: Count = 1
-    """Processes that share one sequence (DeepSpeed-Ulysses)."""
-    zero_stage: Annotated[Literal[0, 1, 2, 3], BeforeValidator(refuse_bool)] = 0
-    """What is sharded: 1 optimizer states, 2 gradients too, 3 parameters too."""
-    offload_optimizer: Literal["none", "cpu"] = "none"
-    """Where the optimizer's states and its step live (needs zero_stage >= 1)."""
-    offload_parameters: Literal["none", "cpu"] = "none"
-    """Where the parameters wait (needs zero_stage 3)."""
+    ulysses_degree: Count | Literal["auto"] = 1
+    """Processes that share one sequence (DeepSpeed-Ulysses); `auto` is for the plan to choose."""
+    zero_stage: Annotated[Literal[0, 1, 2, 3, "auto"], BeforeValidator(refuse_bool)] = 0
+    """What is sharded: 1 optimizer states, 2 gradients too, 3 parameters too; `auto` is for the plan."""
+    offload_optimizer: Literal["none", "cpu", "auto"] = "none"
+    """Where the optimizer's states and its step live (cpu needs zero_stage >= 1)."""
+    offload_parameters: Literal["none", "cpu", "auto"] = "none"
+    """Where the parameters wait (cpu needs zero_stage 3)."""
     deepspeed_config: PathText | dict[str, Any] | None = None
     """A DeepSpeed JSON (its path, or its keys right here) put over what is written for DeepSpeed; it may not
     contradict the other keys, and "auto" takes theirs (needs zero_stage >= 1)."""
@@ -232,6 +233,11 @@ class TrainConfig(Section):
     """Steps between evaluations; null evaluates at the end alone."""
     eval_sequences: Count = 16
     """Sequences of one evaluation, at most."""
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    """What becomes of a step whose loss or gradient is NaN or infinite: the run stops, or goes on without the
+    update. Either way the step's sequences are written to `run_dir/nonfinite.jsonl`."""
+    max_nonfinite_steps: Count = 10
+    """Steps that may be skipped one after the other before the run stops all the same."""
     seed: CountOrZero = 0
     """Of the weights, the order of the data and everything else random."""
 
@@ -244,7 +250,10 @@ class CheckpointConfig(Section):
     at_first_step: bool = True
     """Save after step 1, so that a save that fails does so at once."""
     keep: Count = 2
-    """Newest checkpoints that are kept."""
+    """Newest whole checkpoints that are kept."""
+    background: bool = True
+    """Copy what is saved to host memory and write it while training goes on; where the host has no room for
+    the copy, training waits for the writing."""
     export_at_end: bool = False
     """Write the trained model in Hugging Face's layout to `run_dir/model` when the run is done."""
     resume: PathText = "auto"
@@ -263,6 +272,8 @@ class LogConfig(Section):
     """Write tensorboard events beside metrics.jsonl."""
     wandb_project: Text | None = None
     """Log to this Weights & Biases project too (extra `wandb`)."""
+    memory_history: bool = False
+    """Record where GPU memory was asked for, for the snapshot that a run writes when it has no more."""
 
 
 class RunConfig(Section):
