@@ -103,7 +103,8 @@ def calibrate(engine: Engine, groups: ProcessGroups, vocab_size: int, device: to
                 name: tensor if name == "document_offsets" else tensor.to(device)
                 for name, tensor in shard.items()
             }
-            nll = engine(**shard, num_items_in_batch=ids.numel(), use_cache=False).loss
+            labels = shard["shift_labels"]  # a plain forward makes no loss without labels
+            nll = engine(**shard, labels=labels, num_items_in_batch=ids.numel(), use_cache=False).loss
             engine.backward(nll)
             if micro_batch < engine.accumulation_steps - 1:
                 engine.step(0.0)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .low_rank import linear_parts, weight_values
+from .mini_sequence import without_hooks
 from .weight_sums import WeightSums
 
 
@@ -99,7 +100,8 @@ class ModuleMap:
         x = x.detach().requires_grad_()
         with torch.enable_grad(), self._surroundings():
             y = self._module(x.unsqueeze(0)).squeeze(0)
-        grads = torch.autograd.grad(y, [x, *self._params], grad.to(y.dtype), allow_unused=True)
+        with without_hooks(self._params):
+            grads = torch.autograd.grad(y, [x, *self._params], grad.to(y.dtype), allow_unused=True)
         for param, param_grad in zip(self._params, grads[1:], strict=True):
             sums.add(param, param_grad)
         return grads[0] if add_to is None else add_to.add_(grads[0])

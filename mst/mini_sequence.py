@@ -186,7 +186,8 @@ class _Tiling:
                     _refuse_unlisted_weights(outs, sources)
                     is_checked = True
                 used, upstream = zip(*pairs, strict=True)
-                grads = iter(torch.autograd.grad(used, sources, upstream, allow_unused=True))
+                with without_hooks(params):
+                    grads = iter(torch.autograd.grad(used, sources, upstream, allow_unused=True))
                 row_sums.put(tokens, [next(grads) if want else None for want in wanted])
                 param_sums.add(list(grads), is_dummy=tokens.start == tokens.stop)
         return row_sums.grads, param_sums.totals()
@@ -331,6 +332,23 @@ def _as_tuple(out: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
             f"fn returned a {type(out).__name__}; mini_sequence takes a tensor or a tuple of tensors."
         )
     return tuple(out)
+
+
+@contextmanager
+def without_hooks(params: Iterable[Tensor]) -> Iterator[None]:
+    """No hook on a weight (`Tensor.register_hook`) is called inside: autograd would for each tile's part.
+
+    The hooks are for the whole gradient, and are called with it where it leaves this library's backward.
+    """
+    hooked = [param._backward_hooks for param in params if param._backward_hooks]
+    taken = [(hooks, dict(hooks)) for hooks in hooked]
+    for hooks, _ in taken:
+        hooks.clear()
+    try:
+        yield
+    finally:
+        for hooks, own in taken:
+            hooks.update(own)
 
 
 def _own(parts: Sequence[Tensor], rows: Sequence[Tensor]) -> list[Tensor]:

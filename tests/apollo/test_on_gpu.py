@@ -130,7 +130,9 @@ def test_no_step_waits_for_the_gpu(dtype: torch.dtype, given: dict[str, Any]) ->
     params = {
         name: nn.Parameter(torch.randn(shape, device="cuda").to(dtype)) for name, shape in shapes.items()
     }
-    optimizer = Apollo([(name, param) for name, param in params.items() if param.dim() > 1], **given)
+    given = dict(given)
+    matrices = {"names": ["tall", "wide", "experts"], "rule": given.pop("rule", "low_rank")}
+    optimizer = Apollo([{"params": [params[name] for name in matrices["names"]], **matrices}], **given)
     optimizer.add_param_group({"params": [params["norm"]], "names": ["norm"], "rule": "adamw"})
     for param in params.values():
         param.grad = torch.randn_like(param)

@@ -324,4 +324,5 @@ def test_zero_goes_on_from_a_checkpoint_bit_for_bit(two: dict, stage: int) -> No
 def test_two_processes_train_as_one_with_mini(two: dict, tmp_path: Path) -> None:
     alone = train(tmp_path, options=MINI)
     for rank in two["zero2, mini"]:
-        assert_near(rank["weights"], weights_of(alone.model), 2e-6)
+        # Twice the bound of the others: the rounding of a tensor's one scale is in each of its weights.
+        assert_near(rank["weights"], weights_of(alone.model), 4e-6)
