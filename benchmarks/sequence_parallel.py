@@ -34,6 +34,7 @@ from sequence_parallel_systems import Ours, Setup, System
 from torch import Tensor
 
 from longseq.distributed import ProcessGroups
+from longseq.launch.config import ParallelConfig, RunConfig
 from longseq.launch.flops import ModelShape, model_flops
 from longseq.launch.processes import join, leave, set_up_logging
 
@@ -334,7 +335,9 @@ def main(arguments: list[str] | None = None) -> None:
     counter = CollectiveCounter()
     counter.install()
     use_zero = args.optimizer != "none"
-    groups, device = join(args.sp or (world_size if use_zero else 1), use_deepspeed=use_zero)
+    degree = args.sp or (world_size if use_zero else 1)
+    parallel = ParallelConfig(ulysses_degree=degree, zero_stage=3 if use_zero else 0)
+    _, groups, device = join(RunConfig(parallel=parallel))
     everyone = groups
     if not use_zero:  # each process is one GPU by itself
         groups = replace(groups, world_size=1, sp_size=1, sp=None)

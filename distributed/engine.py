@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from torch.optim import Optimizer
 from ..apollo import Apollo
 from ..apollo.in_backward import step_in_backward
 from .apollo_state import apollo_pieces, load_apollo
+from .checked_file import BytesFile, Writable, write_file
 from .groups import ProcessGroups
 from .state_files import (
     WEIGHT,
@@ -25,8 +27,8 @@ from .state_files import (
     load_buffers,
     loaded_scalar,
     persistent_buffers,
+    piece_file,
     split_state,
-    write_pieces,
 )
 
 REDUCE_BUCKET_BYTES = 2**28
@@ -85,8 +87,22 @@ class Engine(ABC):
         """Bring the optimizer's state back to before its first step."""
 
     @abstractmethod
+    def state_files(self) -> Sequence[Writable]:
+        """This rank's files of weights and optimizer state, as they are now; every rank calls it.
+
+        Their tensors are those that are trained, not copies: they are to be written, or copied, before the
+        next step.
+        """
+
     def save(self, folder: Path) -> None:
-        """Write weights and optimizer state into a folder of their own; every rank calls it."""
+        """Write weights and optimizer state into a folder of their own; every rank calls it.
+
+        Raises:
+            WriteError: A file could not be written; nothing is left of it.
+        """
+        for file in self.state_files():
+            folder.mkdir(parents=True, exist_ok=True)
+            write_file(folder / file.name, file)
 
     @abstractmethod
     def load(self, folder: Path) -> None:
@@ -172,21 +188,22 @@ class LocalEngine(Engine):
         self._optimizer.zero_grad(set_to_none=True)
         return norm
 
-    def save(self, folder: Path) -> None:
+    def state_files(self) -> list[Writable]:
         if not self._groups.is_main:
-            return
-        folder.mkdir(parents=True, exist_ok=True)
+            return []
         # Frozen weights are where they came from: a checkpoint of adapters holds the adapters.
         weights = [
             Piece(name, tuple(param.shape), 0, {WEIGHT: param}) for name, param in self._named_params()
         ]
-        states = self._state_pieces()
         buffers = persistent_buffers(self.module)
-        write_pieces(folder / "model.safetensors", weights, num_files=2, buffers=buffers)
-        write_pieces(folder / "optimizer.safetensors", states, num_files=2)
+        files: list[Writable] = [
+            piece_file("model.safetensors", weights, num_files=2, buffers=buffers),
+            piece_file("optimizer.safetensors", self._state_pieces(), num_files=2),
+        ]
         if self._in_backward is not None and self._in_backward.previous_norm is not None:
             norm = {"previous_norm": float(self._in_backward.previous_norm)}
-            (folder / NORM_FILE).write_text(json.dumps(norm))
+            files.append(BytesFile(NORM_FILE, json.dumps(norm).encode()))
+        return files
 
     @torch.no_grad()
     def load(self, folder: Path) -> None:

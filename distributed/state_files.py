@@ -16,35 +16,20 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
+
+from .tensor_file import StoredTensors, TensorFile, TensorSource
 
 INDEX = "longseq"
 WEIGHT = "weight"
 """Among the tensors of a piece, the parameter itself."""
 
-DTYPES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.bfloat16: "BF16",
-    torch.float16: "F16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-    torch.float8_e4m3fn: "F8_E4M3",
-    torch.float8_e5m2: "F8_E5M2",
-}
-"""What safetensors calls them."""
 ANOTHER_MODEL = "Set model.* as its own config (config.yaml beside it) does, or set another log.run_dir."
 NUMBERS = (bool, int, float, str, type(None))
 
@@ -107,25 +92,26 @@ def persistent_buffers(module: nn.Module) -> dict[str, Tensor]:
     return {name: buffer for name, buffer in module.named_buffers() if name in names}
 
 
-def write_pieces(
-    path: Path, pieces: Iterable[Piece], *, num_files: int, buffers: Mapping[str, Tensor] | None = None
-) -> None:
-    """Write a file of a checkpoint; it appears whole or not at all, under its name.
+def piece_file(
+    name: str, pieces: Iterable[Piece], *, num_files: int, buffers: Mapping[str, Tensor] | None = None
+) -> TensorFile:
+    """A file of a checkpoint, to be written.
 
     Args:
-        path: Of the file, `*.safetensors`, in a folder of the checkpoint's own.
+        name: Of the file, `*.safetensors`, in a folder of the checkpoint's own.
         pieces: What this rank owns.
         num_files: How many files the checkpoint has.
         buffers: Buffers of the model; one file of a checkpoint has them.
 
     Raises:
-        ValueError: A tensor of a dtype that safetensors has no name for; no file is written.
+        ValueError: A tensor of a dtype that safetensors has no name for.
     """
-    tensors, entries, scalars = dict(buffers or {}), {}, {}
+    sources = {key: TensorSource.of(buffer) for key, buffer in (buffers or {}).items()}
+    entries, scalars = {}, {}
     for piece in pieces:
         for state, tensor in piece.tensors.items():
             key = piece.parameter if state == WEIGHT else f"{state}/{piece.parameter}"
-            tensors[key] = tensor.detach()
+            sources[key] = TensorSource.of(tensor.detach())
             entries[key] = {
                 "parameter": piece.parameter,
                 "state": state,
@@ -135,9 +121,7 @@ def write_pieces(
         if piece.scalars:
             scalars[piece.parameter] = {key: _plain(value) for key, value in piece.scalars.items()}
     index = {"num_files": num_files, "tensors": entries, "scalars": scalars, "buffers": list(buffers or {})}
-    draft = path.with_name(f".{path.name}.partial")
-    _write_safetensors(draft, tensors, {"format": "pt", INDEX: json.dumps(index)})
-    os.replace(draft, path)
+    return TensorFile(name, sources, {"format": "pt", INDEX: json.dumps(index)})
 
 
 def _plain(value: Any) -> Any:
@@ -147,31 +131,6 @@ def _plain(value: Any) -> Any:
         if isinstance(value, Tensor)
         else value
     )
-
-
-def _write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
-    """As `safetensors.torch.save_file`, which wants all tensors in host memory at once: here it is one."""
-    ordered = sorted(tensors.items(), key=lambda item: -item[1].element_size())  # every one then is aligned
-    header: dict[str, Any] = {"__metadata__": metadata}
-    end = 0
-    for key, tensor in ordered:
-        if tensor.dtype not in DTYPES:
-            raise ValueError(
-                f"{key} is {tensor.dtype}; checkpoints hold {', '.join(DTYPES.values())}. Keep it in one of "
-                "these, or register the buffer with persistent=False."
-            )
-        begin, end = end, end + tensor.nbytes
-        header[key] = {
-            "dtype": DTYPES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [begin, end],
-        }
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for _, tensor in ordered:
-            file.write(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
 
 class _Stored(NamedTuple):
@@ -190,12 +149,12 @@ class SavedState:
         shapes: Of the parameters, by name.
 
     Raises:
-        ValueError: There is no such file in the folder.
+        ValueError: There is no such file in the folder, or one that is not whole.
     """
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._open_files: dict[Path, Any] = {}
+        self._open_files: dict[Path, StoredTensors] = {}
         self._buffers: dict[str, Path] = {}
         self._pieces: dict[str, dict[str, list[_Stored]]] = {}
         self._scalars: dict[str, dict[str, Any]] = {}
@@ -203,10 +162,15 @@ class SavedState:
         self.shapes: dict[str, tuple[int, ...]] = {}
         self._num_files, self._num_there = 0, 0
         for path in sorted(folder.glob("*.safetensors")):
-            metadata = self._file(path).metadata() or {}
-            if INDEX in metadata:
-                self._num_there += 1
-                self._add(path, json.loads(metadata[INDEX]))
+            stored = StoredTensors(path)
+            if INDEX not in stored.metadata:
+                continue
+            self._num_there += 1
+            self._open_files[path] = stored
+            try:
+                self._add(path, json.loads(stored.metadata[INDEX]))
+            except (KeyError, TypeError, AttributeError, ValueError) as error:
+                raise ValueError(f"{path} has an index that says nothing of use ({error!r}).") from error
         if not self._num_there:
             raise ValueError(
                 f"{folder} holds no engine's checkpoint: there is no *.safetensors of one in it. Bring them "
@@ -222,16 +186,11 @@ class SavedState:
             shape = self._shapes[name, entry["state"]] = tuple(entry["shape"])
             if entry["state"] == WEIGHT or name not in self.shapes:
                 self.shapes[name] = shape
-            numel = math.prod(self._file(path).get_slice(key).get_shape())
+            numel = math.prod(self._open_files[path].shapes[key])
             stored = _Stored(path, key, entry["start"], entry["start"] + numel)
             self._pieces.setdefault(name, {}).setdefault(entry["state"], []).append(stored)
         for name, scalars in index["scalars"].items():
             self._scalars.setdefault(name, scalars)
-
-    def _file(self, path: Path) -> Any:
-        if path not in self._open_files:
-            self._open_files[path] = safe_open(path, framework="pt")
-        return self._open_files[path]
 
     def states(self, parameter: str) -> list[str]:
         """The tensor-valued optimizer states that there are of a parameter."""
@@ -324,19 +283,8 @@ class SavedState:
         for piece in self._pieces[parameter][state]:
             first, last = max(start, piece.start), min(stop, piece.stop)
             if first < last:
-                part = self._elements(piece, first - piece.start, last - piece.start)
-                out[first - start : last - start].copy_(part)
-
-    def _elements(self, piece: _Stored, first: int, last: int) -> Tensor:
-        """Flat elements of a stored tensor, from no more of its rows than they lie in."""
-        stored = self._file(piece.path).get_slice(piece.key)
-        shape = stored.get_shape()
-        if not shape:
-            return self._file(piece.path).get_tensor(piece.key).reshape(1)
-        row = math.prod(shape[1:])
-        top = first // row
-        rows = stored[top : -(-last // row)]
-        return rows.reshape(-1)[first - top * row : last - top * row]
+                part = out[first - start : last - start]
+                self._open_files[piece.path].read_into(part, piece.key, first - piece.start)
 
     def whole(self, parameter: str, state: str = WEIGHT, dtype: torch.dtype = torch.float32) -> Tensor:
         """All of a weight or a state, in its shape, on the CPU."""
@@ -346,7 +294,26 @@ class SavedState:
 
     def buffer(self, name: str) -> Tensor:
         """A buffer, on the CPU."""
-        return self._file(self._buffers[name]).get_tensor(name)
+        return self._open_files[self._buffers[name]].tensor(name)
+
+    def buffer_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of the buffers, by name."""
+        return {name: self._open_files[path].shapes[name] for name, path in self._buffers.items()}
+
+    def dtype(self, parameter: str) -> torch.dtype:
+        """What a weight is kept in."""
+        piece = self._pieces[parameter][WEIGHT][0]
+        return self._open_files[piece.path].dtypes[piece.key]
+
+    def require_weight(self, name: str) -> None:
+        """See that a weight is whole.
+
+        Raises:
+            ValueError: Elements that are in no file, or in two.
+        """
+        if WEIGHT not in self._pieces[name]:
+            raise ValueError(f"{self._folder} holds no weight {name}.{self._lost_files()}")
+        self._check_whole(name, WEIGHT)
 
     def weights(self, dtype: torch.dtype = torch.float32) -> Iterator[tuple[str, Tensor]]:
         """Names and whole weights, then buffers, one at a time on the CPU; integers keep their own dtype.
@@ -355,9 +322,7 @@ class SavedState:
             ValueError: Elements that are in no file, or in two.
         """
         for name in self.shapes:
-            if WEIGHT not in self._pieces[name]:
-                raise ValueError(f"{self._folder} holds no weight {name}.{self._lost_files()}")
-            self._check_whole(name, WEIGHT)
+            self.require_weight(name)
             yield name, self.whole(name, dtype=dtype)
         for name in self._buffers:
             buffer = self.buffer(name)

@@ -23,8 +23,9 @@ from ..apollo import Apollo
 from .apollo_state import apollo_pieces, lay_out_apollo, load_apollo
 from .engine import Engine, NonFiniteGradientError
 from .groups import ProcessGroups
+from .tensor_file import TensorFile
 from .zero_config import ZeroOptions
-from .zero_state import load_partitions, save_partitions
+from .zero_state import load_partitions, partition_file
 
 logger = logging.getLogger(__name__)
 
@@ -81,12 +82,11 @@ class DeepSpeedEngine(Engine):
                 if isinstance(value, Tensor):
                     value.zero_()
 
-    def save(self, folder: Path) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        path = folder / f"rank-{self._groups.rank:05d}.safetensors"
+    def state_files(self) -> list[TensorFile]:
+        name = f"rank-{self._groups.rank:05d}.safetensors"
         states = [] if self._apollo is None else apollo_pieces(self._apollo)
         num_files = self._groups.world_size
-        save_partitions(path, self._engine.optimizer, self.module, num_files=num_files, states=states)
+        return [partition_file(name, self._engine.optimizer, self.module, num_files=num_files, states=states)]
 
     def load(self, folder: Path) -> None:
         with _quiet_deepspeed():

@@ -27,9 +27,10 @@ from .state_files import (
     load_buffers,
     loaded_scalar,
     persistent_buffers,
+    piece_file,
     split_state,
-    write_pieces,
 )
+from .tensor_file import TensorFile
 
 logger = logging.getLogger(__name__)
 
@@ -115,10 +116,10 @@ def _cut_group(params: list[nn.Parameter], offsets: Iterable[int], size: int, ra
         yield Span(param, first - offset, min(max(first - rank * size, 0), size), last - first)
 
 
-def save_partitions(
-    path: Path, optimizer: Any, module: nn.Module, *, num_files: int, states: Sequence[Piece] = ()
-) -> None:
-    """Write what this rank owns into one of a checkpoint's files; the first rank's has the buffers too.
+def partition_file(
+    name: str, optimizer: Any, module: nn.Module, *, num_files: int, states: Sequence[Piece] = ()
+) -> TensorFile:
+    """What this rank owns, as one of a checkpoint's files; the first rank's has the buffers too.
 
     `states` are those of an optimizer that keeps other states than elements of the flat tensors.
     """
@@ -132,7 +133,7 @@ def save_partitions(
                 mine = {key: tensor.narrow(0, offset, numel) for key, tensor in tensors.items()}
                 pieces.append(Piece(names[param], whole_shape(param), start, mine, scalars))
     buffers = persistent_buffers(module) if dist.get_rank() == 0 else None
-    write_pieces(path, pieces, num_files=num_files, buffers=buffers)
+    return piece_file(name, pieces, num_files=num_files, buffers=buffers)
 
 
 @torch.no_grad()

@@ -127,8 +127,8 @@ class SequenceConfig(Section):
     tile_tokens: Tokens | Literal["auto"] = "auto"
     """Tokens of a mini-sequence."""
     checkpoints: Literal["auto", "none", "gpu", "host"] = "auto"
-    """Stream the decoder layers, each keeping only its input: on the GPU or in pinned host memory; `auto`
-    does so from 8,192 tokens a GPU, where the memory there is says."""
+    """Stream the decoder layers, each keeping only its input: on the GPU or in pinned host memory. `auto`: on
+    a GPU the plan decides whether, and where inputs wait; on a CPU from 8,192 tokens a process on."""
     checkpoint_every: Count = 1
     """Keep the input of every so many layers and rebuild the others, for less memory and more time."""
     head_groups: Count | Literal["auto"] = "auto"

@@ -137,7 +137,8 @@ def suggest(path: str) -> list[str]:
     if not found:
         leaves = {key.rpartition(".")[2]: key for key in keys}
         found = [leaves[name] for name in get_close_matches(leaf, leaves, n=2, cutoff=0.75)]
-    return list(dict.fromkeys(key for key in found if key != path))[:3]
+    # The section that it stands in already is no news.
+    return list(dict.fromkeys(key for key in found if not f"{path}.".startswith(f"{key}.")))[:3]
 
 
 def shown(value: Any) -> str:
@@ -190,7 +191,8 @@ def _unknown_key(path: tuple[Any, ...], dotted: str, value: Any) -> Complaint:
         way_out = f"did you mean {listed(names)}?"
     else:
         known = [key for key in schema_keys() if key.rpartition(".")[0] == section]
-        way_out = f"{section or 'a config'} has {listed([k.rpartition('.')[2] for k in known], 'and')}."
+        names_there = listed([k.rpartition(".")[2] for k in known], "and")
+        way_out = f"{section or 'a config'} has {names_there}; use one of these."
     return Complaint(path, f"{text} is an unknown key; {way_out}", tuple(names))
 
 

@@ -20,7 +20,7 @@ from pydantic import ValidationError
 from .. import configs
 from .config import RunConfig
 from .config_errors import ConfigError, explain, shown
-from .config_rules import ParallelPlan, broken_rules, check_world
+from .config_rules import ParallelPlan, broken_rules, check_count, check_world
 from .config_yaml import read_yaml, write_yaml
 
 if TYPE_CHECKING:
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 __all__ = [
     "ConfigError",
     "ParallelPlan",
+    "check_count",
     "check_world",
     "dump_config",
     "list_presets",
@@ -57,7 +58,9 @@ def load_config(preset_or_path: str, overrides: Sequence[str] = ()) -> RunConfig
     if data is None:
         data = {}
     if not isinstance(data, dict):
-        raise ConfigError([f"{source} holds {shown(data)}; a config is sections of `key: value` lines."])
+        raise ConfigError(
+            [f"{source} holds {shown(data)}; a config is sections of `key: value` lines, so write these."]
+        )
     errors = _apply_overrides(data, overrides)
     return _checked(data, source, errors)
 
@@ -129,6 +132,8 @@ def _read(preset_or_path: str) -> tuple[str, str]:
     """Name of the source for errors, and its text."""
     if preset_or_path in _presets():
         return preset_or_path, show_preset(preset_or_path)
+    if not preset_or_path.strip():
+        raise ConfigError(["the config's name is empty (an unset shell variable?); name a preset or a file."])
     path = Path(preset_or_path).expanduser()
     if path.is_dir():
         inner = path / "config.yaml"
@@ -144,7 +149,8 @@ def _read(preset_or_path: str) -> tuple[str, str]:
     except UnicodeDecodeError as error:
         raise ConfigError([f"{preset_or_path} is not UTF-8 text ({error}); save it as UTF-8."]) from error
     except OSError as error:
-        raise ConfigError([f"{preset_or_path} cannot be read: {error.strerror}."]) from error
+        reason = error.strerror or error
+        raise ConfigError([f"{preset_or_path} cannot be read ({reason}); check the file."]) from error
 
 
 def _no_such_file(given: str, path: Path) -> str:
@@ -228,6 +234,7 @@ def _set_dotted(data: dict[str, Any], key: str, value: Any) -> str | None:
         data = data[name]
         if not isinstance(data, dict):
             above = ".".join(sections[:depth])
-            return f"override {key}={shown(value)} goes into {above}={shown(data)}, which is no section."
+            into = f"override {key}={shown(value)} goes into {above}={shown(data)}"
+            return f"{into}, which is no section. Set {above} itself."
     data[leaf] = value
     return None

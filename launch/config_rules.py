@@ -1,7 +1,8 @@
 """What keys demand of each other, beyond what each of them demands of itself.
 
 A rule is pure, names the keys that it reads, and yields one line for each way in which they disagree. The
-same rules are asked twice: when a config is read, and when the number of processes is known (`check_world`).
+same rules are asked again when the number of processes is known (`check_world`). Where a key is left to the
+plan (`auto`, `max`), rules that read it wait until it is a number.
 """
 
 from __future__ import annotations
@@ -25,7 +26,10 @@ _SHAPES = (
 )
 
 STREAM_FROM_TOKENS = 8192
-"""Tokens a GPU from which `sequence.checkpoints=auto` streams the layers."""
+"""Tokens a process from which `sequence.checkpoints=auto` streams the layers, where no plan decides it."""
+
+DECIDED_KEYS = ("ulysses_degree", "zero_stage", "offload_optimizer", "offload_parameters")
+"""Keys of `parallel` whose `auto` is for the plan."""
 
 
 @dataclass(frozen=True)
@@ -57,11 +61,25 @@ def check_world(config: RunConfig, world_size: int) -> ParallelPlan:
     """Check a config against the processes that really run, and say how they share the work.
 
     Args:
-        config: A run's config; its `parallel.num_gpus` may be `auto`.
+        config: A run's config; its `parallel.num_gpus` may be `auto`, and nothing else that a plan decides.
         world_size: Number of processes that were started.
 
     Raises:
         ConfigError: The number of processes is not the one asked for, or any rule does not hold for it.
+    """
+    assert not undecided(config), undecided(config)
+    check_count(config, world_size)
+    degree = config.parallel.ulysses_degree
+    groups = world_size // degree
+    accumulation = config.train.global_batch_sequences // (config.train.micro_batch_sequences * groups)
+    return ParallelPlan(world_size, degree, groups, accumulation)
+
+
+def check_count(config: RunConfig, world_size: int) -> None:
+    """Check a config against a number of processes, as far as what it leaves to the plan allows.
+
+    Raises:
+        ConfigError: The number is not the one asked for, or any rule does not hold for it.
     """
     assert world_size >= 1, world_size
     asked = config.parallel.num_gpus
@@ -71,10 +89,14 @@ def check_world(config: RunConfig, world_size: int) -> ParallelPlan:
     errors = broken_rules(config, world_size)
     if errors:
         raise ConfigError(errors)
-    degree = config.parallel.ulysses_degree
-    groups = world_size // degree
-    accumulation = config.train.global_batch_sequences // (config.train.micro_batch_sequences * groups)
-    return ParallelPlan(world_size, degree, groups, accumulation)
+
+
+def undecided(config: RunConfig) -> tuple[str, ...]:
+    """Keys whose value is for the plan to find, and must be a number before a run begins."""
+    parallel = config.parallel
+    keys = ["sequence.length"] if config.sequence.length == "max" else []
+    keys += [f"parallel.{name}" for name in DECIDED_KEYS if getattr(parallel, name) == "auto"]
+    return tuple(keys)
 
 
 def broken_rules(config: RunConfig, world_size: int | None = None, doubtful: Iterable[str] = ()) -> list[str]:
@@ -84,11 +106,12 @@ def broken_rules(config: RunConfig, world_size: int | None = None, doubtful: Ite
         config: What is checked.
         world_size: Number of processes; None takes `parallel.num_gpus`, and leaves out what cannot be known
             while that is `auto`.
-        doubtful: Dotted keys whose value is not what the person meant; rules that read them are left out.
+        doubtful: Dotted keys whose value is not what the person meant; rules that read them are left out, and
+            so are those that read what a plan has yet to decide.
     """
     if world_size is None and config.parallel.num_gpus != "auto":
         world_size = config.parallel.num_gpus
-    skipped = tuple(doubtful)
+    skipped = (*doubtful, *undecided(config))
     rules = [rule for rule in RULES if not any(_touches(key, bad) for key in rule.keys for bad in skipped)]
     return [line for rule in rules for line in rule.broken(config, world_size)]
 
@@ -389,6 +412,15 @@ def _in_backward_has_one_gradient(config: RunConfig, world_size: int | None) -> 
         )
 
 
+def _skipped_steps_are_undone(config: RunConfig, world_size: int | None) -> Iterator[str]:
+    if config.train.on_nonfinite == "skip" and config.optimizer.in_backward:
+        yield (
+            "train.on_nonfinite='skip' leaves out an update that is NaN or infinite, and with "
+            "optimizer.in_backward=true weights are updated before that is known; set "
+            "train.on_nonfinite=stop, or optimizer.in_backward=false."
+        )
+
+
 def _warmup_ends(config: RunConfig, world_size: int | None) -> Iterator[str]:
     warmup, steps = config.schedule.warmup_steps, config.train.steps
     if steps is not None and warmup >= steps:
@@ -483,6 +515,7 @@ RULES: tuple[Rule, ...] = (
         ),
         _in_backward_has_one_gradient,
     ),
+    Rule(("train.on_nonfinite", "optimizer.in_backward"), _skipped_steps_are_undone),
     Rule(("schedule.warmup_steps", "train.steps"), _warmup_ends),
     Rule(("schedule.name", "schedule.final_ratio"), _final_ratio_is_used),
 )

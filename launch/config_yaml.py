@@ -64,7 +64,8 @@ def read_yaml(text: str, source: str) -> tuple[Any, list[str]]:
         return None, [f"{where}: not valid YAML: {problem}; {_way_out(problem)}"]
     except (yaml.YAMLError, ValueError) as error:
         # A character that YAML forbids, or a value that does not suit its explicit !!tag: neither has a mark.
-        return None, [f"{source}: not valid YAML: {' '.join(str(error).split())}."]
+        reason = " ".join(str(error).split())
+        return None, [f"{source}: not valid YAML: {reason}; correct that value, or remove the character."]
 
 
 def write_yaml(data: Any) -> str:

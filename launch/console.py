@@ -47,6 +47,8 @@ def format_step(metrics: StepMetrics) -> str:
         f"loss {metrics.loss:.4f}",
         f"lr {metrics.lr:.1e}",
     ]
+    if metrics.nonfinite_steps:
+        parts.insert(2, f"{metrics.nonfinite_steps} skipped so far")
     if metrics.grad_norm is not None:
         parts.append(f"grad norm {metrics.grad_norm:.2f}")
     parts.append(f"{format_rate(metrics.tokens_per_second)} tok/s")

@@ -1,4 +1,4 @@
-"""From a checkpoint to a folder that `AutoModelForCausalLM.from_pretrained` loads; on the CPU, offline."""
+"""From a checkpoint to a folder that `from_pretrained` loads: on the CPU, in less memory than the model."""
 
 from __future__ import annotations
 
@@ -12,64 +12,139 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
+from ..distributed.checked_file import readable, sync_folders
 from ..distributed.state_files import SavedState
-from .checkpoint import read_state, share
 from .config import RunConfig
 from .config_file import load_config
+from .export_weights import MAX_SHARD_BYTES, ModelShape, saved_weights, write_model
+from .manifest import checksum_problems, size_problem, survey
+from .run_state import read_state
 
 logger = logging.getLogger(__name__)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+CONFIGS = ("config.json", "adapter_config.json")
+"""One of them is in what was exported."""
 
 
 def export_checkpoint(
-    checkpoint: Path, out: Path, *, dtype: str | None = None, overwrite: bool = False
+    checkpoint: Path,
+    out: Path,
+    *,
+    dtype: str | None = None,
+    overwrite: bool = False,
+    adapters: str = "merge",
+    max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> Path:
     """Write a checkpoint's model in Hugging Face's layout: safetensors, config and tokenizer.
 
-    Adapters are merged into the weights they adapt.
+    The checkpoint's checksums are compared first. Weights are read, changed and written one after the other.
 
     Args:
         checkpoint: A folder `RUN/checkpoints/step-*`.
-        out: Folder to write; it appears whole or not at all.
-        dtype: "float32" or "bfloat16"; None is the precision that was trained in.
+        out: Folder to write; it appears whole or not at all, and what it replaces stays until then.
+        dtype: "float32" or "bfloat16"; None is the precision that was trained in, and of adapters that are
+            written apart their own.
         overwrite: Replace what is at `out`.
+        adapters: LoRA adapters are merged into the weights they adapt ("merge"), or written alone, as peft
+            loads them ("apart").
+        max_shard_bytes: Of a file of weights; a tensor that is larger has one of its own.
 
     Returns:
         `out`.
 
     Raises:
-        ValueError: No checkpoint there, something at `out` already, or weights of another model.
+        ValueError: No checkpoint there, or a damaged one; something at `out` already; weights of another
+            model; a run without adapters that are to be written apart.
+        WriteError: The disk is full, or will not be written; nothing is left.
     """
     read_state(checkpoint)  # refuses what is no checkpoint
     _check_place(out, overwrite)
+    _check_whole(checkpoint)
     config = load_config(str(checkpoint / "config.yaml"))
-    target = DTYPES[dtype] if dtype else _trained_dtype(config)
-    saved = SavedState(checkpoint / "engine")
-    with _quiet():
-        model = _model(config, checkpoint / "hf", saved, target)
-    model.generation_config = _generation_config(checkpoint / "hf")
+    if adapters == "apart" and config.model.lora is None:
+        raise ValueError(
+            f"{checkpoint} has no adapters to write apart: its run had no model.lora. Use --adapters merge."
+        )
     draft = out.with_name(f".{out.name}.partial")
     shutil.rmtree(draft, ignore_errors=True)
-    draft.parent.mkdir(parents=True, exist_ok=True)
-    with _quiet():
-        model.save_pretrained(draft)
-    _tokenizer(checkpoint / "hf").save_pretrained(draft)
-    share(draft)
-    _put_in_place(draft, out)
+    try:
+        draft.mkdir(parents=True)
+    except OSError as error:
+        reason = error.strerror or error
+        raise type(error)(f"{out} cannot be written ({reason}); name another folder.") from error
+    try:
+        saved = SavedState(checkpoint / "engine")
+        if adapters == "apart":
+            _write_adapters(draft, config, saved, DTYPES[dtype] if dtype else None)
+        else:
+            target = DTYPES[dtype] if dtype else _trained_dtype(config)
+            _write_whole_model(draft, config, checkpoint / "hf", saved, target, max_shard_bytes)
+        with _quiet():
+            _tokenizer(checkpoint / "hf").save_pretrained(draft)
+        _put_in_place(draft, out)
+    except Exception:
+        shutil.rmtree(draft, ignore_errors=True)
+        raise
     return out
+
+
+def _check_whole(checkpoint: Path) -> None:
+    problem = size_problem(checkpoint)
+    problems = checksum_problems(checkpoint) if problem is None else [problem]
+    if not problems:
+        return
+    others = [path.name for path in survey(checkpoint.parent).good if path != checkpoint]
+    way_out = f"export another one ({', '.join(others)})" if others else "bring its files back"
+    raise ValueError(f"{checkpoint} is damaged: {'; '.join(problems)}. Nothing is written; {way_out}.")
+
+
+def _write_whole_model(
+    folder: Path, config: RunConfig, hf: Path, saved: SavedState, dtype: torch.dtype, max_shard_bytes: int
+) -> None:
+    from transformers import AutoConfig, GenerationConfig
+
+    with _quiet():
+        shape = ModelShape(AutoConfig.from_pretrained(hf), dtype)
+        if config.model.lora is None:
+            weights = saved_weights(shape, saved)
+        else:
+            from .export_adapters import merged_weights
+
+            weights = merged_weights(config.model, shape, saved)
+    needed, free = sum(source.num_bytes for source in weights.values()), shutil.disk_usage(folder).free
+    if needed > free:
+        logger.warning(
+            "the model has %s and %s has %s free: it will not fit.",
+            *(readable(needed), folder.parent, readable(free)),
+        )
+    write_model(folder, shape, weights, max_shard_bytes)
+    with _quiet():
+        # As save_pretrained notes them.
+        shape.model.config.architectures = [type(shape.model).__name__]
+        shape.model.config.dtype = str(dtype).removeprefix("torch.")
+        shape.model.config.save_pretrained(folder)
+        GenerationConfig.from_pretrained(hf).save_pretrained(folder)
+
+
+def _write_adapters(folder: Path, config: RunConfig, saved: SavedState, dtype: torch.dtype | None) -> None:
+    with _quiet():
+        from .export_adapters import write_adapters
+
+        write_adapters(folder, config.model, saved, dtype)
 
 
 def _put_in_place(draft: Path, out: Path) -> None:
     """One of the two models is there at every moment; a crash may leave the older one aside."""
+    sync_folders([draft])
     older = out.with_name(f".{out.name}.older")
     if out.exists():
         if older.exists():
             shutil.rmtree(older)
         os.replace(out, older)
     os.replace(draft, out)
+    sync_folders([out.parent])
     if older.exists():
         shutil.rmtree(older)
 
@@ -77,7 +152,7 @@ def _put_in_place(draft: Path, out: Path) -> None:
 def _check_place(out: Path, overwrite: bool) -> None:
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return
-    if not (out / "config.json").is_file():
+    if not any((out / name).is_file() for name in CONFIGS):
         raise ValueError(f"{out} is there already and is no exported model; name another folder.")
     if not overwrite:
         raise ValueError(f"{out} is there already; name another folder, or allow it with --overwrite.")
@@ -97,46 +172,6 @@ def _quiet() -> Iterator[None]:
 
 def _trained_dtype(config: RunConfig) -> torch.dtype:
     return torch.float32 if config.train.precision == "float32" else torch.bfloat16
-
-
-def _model(config: RunConfig, hf_folder: Path, saved: SavedState, dtype: torch.dtype) -> nn.Module:
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    if config.model.lora is not None:
-        return _merged_adapters(config, saved).to(dtype)
-    architecture = AutoConfig.from_pretrained(hf_folder)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(architecture)
-    # Each is read in the dtype that it is written in: the float32 model is nowhere whole.
-    _, unexpected = model.load_state_dict(dict(saved.weights(dtype)), strict=False, assign=True)
-    model.tie_weights()
-    still_empty = [name for name, param in model.named_parameters() if param.is_meta]
-    if still_empty or unexpected:
-        raise ValueError(
-            f"the weights are of another model: missing {still_empty[:3]}, unexpected {list(unexpected)[:3]}."
-        )
-    return model
-
-
-def _merged_adapters(config: RunConfig, saved: SavedState) -> nn.Module:
-    from .model import add_adapters, build_base_model
-
-    model = add_adapters(build_base_model(config.model, torch.device("cpu"), torch.float32), config.model)
-    weights = dict(saved.weights())
-    _, unexpected = model.load_state_dict(weights, strict=False)
-    trainable = {name for name, param in model.named_parameters() if param.requires_grad}
-    missing = sorted(trainable - set(weights))
-    if missing or unexpected:
-        raise ValueError(
-            f"the adapters are of another model: missing {missing[:3]}, unexpected {list(unexpected)[:3]}."
-        )
-    return model.merge_and_unload()
-
-
-def _generation_config(folder: Path) -> Any:
-    from transformers import GenerationConfig
-
-    return GenerationConfig.from_pretrained(folder)
 
 
 def _tokenizer(folder: Path) -> Any:

@@ -20,20 +20,29 @@ def read_hostfile(path: str) -> dict[str, int]:
         ValueError: There is no such file, or a line that DeepSpeed would not take.
     """
     if not Path(path).is_file():
-        raise ValueError(f"--hostfile {path}: no such file; DeepSpeed would train on this machine alone.")
+        raise ValueError(
+            f"--hostfile {path}: no such file; check the path (DeepSpeed would train on this machine alone)."
+        )
+    try:
+        lines = Path(path).read_text("utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(
+            f"--hostfile {path} cannot be read ({error}); check that it is a text file."
+        ) from error
     slots: dict[str, int] = {}
-    for number, line in enumerate(Path(path).read_text().splitlines(), start=1):
+    for number, line in enumerate(lines, start=1):
         words = line.split("#")[0].strip()
         if not words:
             continue
         match = re.fullmatch(r"(\S+)\s+slots=(\d+)", words)
         if match is None or match[1] in slots or int(match[2]) < 1:
             raise ValueError(
-                f"{path}, line {number}: {line!r}; each node has one line, such as: node1 slots=8"
+                f"{path}, line {number}: {line!r}; each node has one line, such as: node1 slots=8; "
+                "correct it."
             )
         slots[match[1]] = int(match[2])
     if not slots:
-        raise ValueError(f"{path} names no node; each has a line, such as: node1 slots=8")
+        raise ValueError(f"{path} names no node; add a line for each, such as: node1 slots=8")
     return slots
 
 
@@ -57,11 +66,13 @@ def chosen_slots(path: str, launcher_args: Sequence[str]) -> dict[str, int]:
     slots = read_hostfile(path)
     include = _named_slots(option(launcher_args, "--include", "-i"))
     exclude = _named_slots(option(launcher_args, "--exclude", "-e"))
-    nodes = int(option(launcher_args, "--num_nodes") or 0)
-    gpus = int(option(launcher_args, "--num_gpus", "--num_accelerators") or 0)
+    nodes = _count(launcher_args, "--num_nodes")
+    gpus = _count(launcher_args, "--num_gpus", "--num_accelerators")
     unknown = {*include, *exclude} - slots.keys()
     if unknown:
-        raise ValueError(f"--include or --exclude {min(unknown)}: {path} names {', '.join(slots)} alone.")
+        raise ValueError(
+            f"--include or --exclude {min(unknown)}: {path} names {', '.join(slots)} alone; name these."
+        )
     if include:
         slots = {host: len(include[host]) or count for host, count in slots.items() if host in include}
     for host, named in exclude.items():
@@ -70,6 +81,15 @@ def chosen_slots(path: str, launcher_args: Sequence[str]) -> dict[str, int]:
     if not slots:
         raise ValueError(f"--exclude {', '.join(exclude)} leaves no node of {path}; leave one.")
     return dict(list(slots.items())[: nodes if nodes > 0 else None])
+
+
+def _count(launcher_args: Sequence[str], *names: str) -> int:
+    """A number that a launcher is given, 0 where it is not."""
+    word = option(launcher_args, *names) or "0"
+    try:
+        return int(word)
+    except ValueError as error:
+        raise ValueError(f"{names[0]} {word}: no number; use 1 or above, or leave it out.") from error
 
 
 def _named_slots(words: str | None) -> dict[str, set[str]]:
@@ -101,8 +121,8 @@ def meeting_words(path: str, launcher_args: Sequence[str]) -> list[str]:
     rank = option(launcher_args, "--node_rank") or ""
     if not rank.isdigit() or int(rank) > len(others):
         raise ValueError(
-            f"--no_ssh needs --node_rank, this node's place among those of {path} that take part, from 0 to "
-            f"{len(others)}{f'; it is {rank}' if rank else ''}."
+            f"--no_ssh needs --node_rank, this node's place among those of {path} that take part"
+            f"{f', and it is {rank}' if rank else ''}; give a number from 0 to {len(others)}."
         )
     if option(launcher_args, "--master_addr") is not None:
         return []

@@ -40,8 +40,12 @@ def num_processes(config: RunConfig, hostfile: str | None = None, launcher_args:
         return slots
     if config.parallel.num_gpus != "auto":
         return config.parallel.num_gpus
-    degree = config.parallel.ulysses_degree
     available = _gpu_count()
+    if config.parallel.ulysses_degree == "auto":
+        from .planner.resolve import most_processes
+
+        return most_processes(config, available)
+    degree = config.parallel.ulysses_degree
     for count in range(available - available % degree, 0, -degree):
         if config.train.global_batch_sequences % (config.train.micro_batch_sequences * count // degree) == 0:
             if count < available:

@@ -21,7 +21,8 @@ class StepMetrics:
     """One optimizer step.
 
     Attributes:
-        loss: mean NLL over the step's valid tokens, all ranks, in nats a token.
+        loss: mean NLL over the step's valid tokens, all ranks, in nats a token; NaN where the step was
+            skipped because loss or gradient was not finite.
         grad_norm: global gradient norm before clipping; None where the engine does not tell.
         tokens: tokens of the step over all GPUs.
         seconds: wall time of the step.
@@ -32,6 +33,7 @@ class StepMetrics:
         epoch: passes over the data so far, with fraction.
         tokens_seen: tokens of all steps so far, over all GPUs.
         eta_s: seconds that are left.
+        nonfinite_steps: steps skipped so far because loss or gradient was not finite.
     """
 
     kind: ClassVar[str] = "step"
@@ -49,6 +51,7 @@ class StepMetrics:
     epoch: float
     tokens_seen: int
     eta_s: float | None
+    nonfinite_steps: int = 0
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import math
 import os
 import secrets
 import time
@@ -103,8 +104,11 @@ def scalars(record: Record) -> dict[str, float]:
         "speed/model_tflops_per_gpu": record.model_tflops_per_gpu,
         "speed/mfu": record.mfu,
         "memory/peak_gib": record.peak_memory_gib,
+        "train/nonfinite_steps": record.nonfinite_steps or None,
     }
-    return {tag: float(value) for tag, value in values.items() if value is not None}
+    # A skipped step has no loss; trackers draw a NaN as zero or drop the curve with it.
+    known = {tag: float(value) for tag, value in values.items() if value is not None}
+    return {tag: value for tag, value in known.items() if not math.isnan(value)}
 
 
 class TensorboardSink:

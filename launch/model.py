@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import warnings
 from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -19,6 +22,9 @@ from .config import ModelConfig, RunConfig, SequenceConfig
 from .config_rules import streams_layers
 from .data.tokenizer import vocabulary_size
 from .sharded_model import load_sharded_model, random_sharded_model
+
+if TYPE_CHECKING:
+    from .planner.knobs import Knobs
 
 logger = logging.getLogger(__name__)
 
@@ -53,15 +59,10 @@ def hf_config(config: ModelConfig) -> Any:
             )
         known = _default_config(model_type)
     else:
-        known = _checkpoint_config(config.name)
-        wrong = [
-            f"model.config.{name}={value!r} but {config.name} has {getattr(known, name)!r}"
-            for name, value in fields.items()
-            if name in SHAPE_FIELDS and getattr(known, name, value) != value
-        ]
-        if wrong:
-            raise ValueError("; ".join(wrong) + ". The shape of a checkpoint's weights cannot be overridden.")
+        known = checkpoint_config(config.name)
+        refuse_other_shapes(config, known)
         fields.pop("model_type", None)
+    _refuse_unknown_activation(fields)
     unknown = [name for name in fields if not hasattr(known, name)]
     if unknown:
         guesses = [_guess(name, known.to_dict()) for name in unknown]
@@ -73,8 +74,23 @@ def hf_config(config: ModelConfig) -> Any:
         try:
             return AutoConfig.for_model(known.model_type, **fields)
         except Exception as error:  # huggingface_hub's own kind, which says no more than this
-            raise ValueError(f"model.config: {error}") from error
+            # Behind lines about validators stands a sentence.
+            reason = str(error).strip().splitlines()[-1].strip()
+            reason = reason.partition("Error: ")[2] or reason
+            raise ValueError(f"model.config: {reason.rstrip('.')}; correct it.") from error
     return AutoConfig.from_pretrained(config.name, trust_remote_code=False, **fields)
+
+
+def _refuse_unknown_activation(fields: Mapping[str, Any]) -> None:
+    from transformers.activations import ACT2FN
+
+    for name in ("hidden_act", "hidden_activation"):
+        value = fields.get(name)
+        if isinstance(value, str) and value not in ACT2FN:
+            raise ValueError(
+                f"model.config.{name}={value!r} is no activation that transformers knows; use one of "
+                f"{', '.join(sorted(ACT2FN))}."
+            )
 
 
 def _default_config(model_type: str) -> Any:
@@ -83,12 +99,34 @@ def _default_config(model_type: str) -> Any:
     if model_type not in CONFIG_MAPPING:
         raise ValueError(
             f"model.config.model_type={_guess(model_type, CONFIG_MAPPING)} is no family that transformers "
-            f"knows; there are {', '.join(FAMILIES)}."
+            f"knows; use one of {', '.join(FAMILIES)}."
         )
     return AutoConfig.for_model(model_type)
 
 
-def _checkpoint_config(name: str) -> Any:
+def refuse_other_shapes(config: ModelConfig, known: Any) -> None:
+    """Refuse fields that say another shape than a checkpoint's weights have.
+
+    Raises:
+        ValueError: Each that differs.
+    """
+    wrong = [
+        f"model.config.{name}={value!r} but {config.name} has {getattr(known, name)!r}"
+        for name, value in config.config.items()
+        if name in SHAPE_FIELDS and getattr(known, name, value) != value
+    ]
+    if wrong:
+        raise ValueError(
+            "; ".join(wrong) + ". The shape of a checkpoint's weights cannot be overridden; remove these."
+        )
+
+
+def checkpoint_config(name: str) -> Any:
+    """The Hugging Face config of a checkpoint.
+
+    Raises:
+        ValueError: It cannot be had.
+    """
     from transformers import AutoConfig
 
     try:
@@ -115,7 +153,7 @@ def check_model(config: ModelConfig) -> None:
     family = hf_config(config).model_type
     if family not in FAMILIES:
         raise ValueError(
-            f"model_type={family!r} is no family that mini-sequences know; there are {', '.join(FAMILIES)}."
+            f"model_type={family!r} is no family that mini-sequences know; use one of {', '.join(FAMILIES)}."
         )
 
 
@@ -141,12 +179,79 @@ def build_base_model(
     if zero is not None:
         return random_sharded_model(architecture, device, dtype, zero)
     if config.name is not None:
-        model = AutoModelForCausalLM.from_pretrained(
-            config.name, config=architecture, dtype=dtype, trust_remote_code=False, attn_implementation="sdpa"
-        )
-        return model.to(device)
+        return _pretrained(config.name, architecture, dtype).to(device)
     with torch.device(device):
-        return AutoModelForCausalLM.from_config(architecture, dtype=dtype, attn_implementation="sdpa")
+        return AutoModelForCausalLM.from_config(architecture, dtype=dtype, attn_implementation="eager")
+
+
+def _pretrained(name: str, architecture: Any, dtype: torch.dtype) -> nn.Module:
+    """A checkpoint's model, all of whose weights are the checkpoint's."""
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM
+
+    try:
+        model, found = AutoModelForCausalLM.from_pretrained(
+            name,
+            config=architecture,
+            dtype=dtype,
+            trust_remote_code=False,
+            attn_implementation="eager",
+            use_safetensors=True,  # pickles may carry code
+            ignore_mismatched_sizes=True,  # so that all of them are named below
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, SafetensorError) as error:
+        broken = _broken_file(name)
+        reason = str(error).strip().splitlines()[0].rstrip(". ")
+        raise ValueError(
+            f"model.name={name!r}: {f'{broken}: ' if broken else ''}its weights cannot be read: {reason}. "
+            "Give a folder with a config.json and whole safetensors (convert pickles with save_pretrained, "
+            "load files that are cut again)."
+        ) from error
+    shapes = [
+        f"{key} is {tuple(there)} and must be {tuple(here)}" for key, there, here in found["mismatched_keys"]
+    ]
+    missing, unexpected = sorted(found["missing_keys"]), sorted(found["unexpected_keys"])
+    wrong = [*shapes[:3], *(f"{key} is missing" for key in missing[:3])]
+    wrong += [f"{key} has no place" for key in unexpected[:3]]
+    if wrong:
+        raise ValueError(
+            f"model.name={name!r}: the weights are not those of its config.json: {'; '.join(wrong)} "
+            f"({len(shapes)} of another shape, {len(missing)} missing, {len(unexpected)} too many). Give a "
+            "whole checkpoint, with its own config.json."
+        )
+    return model
+
+
+def _broken_file(name: str) -> str | None:
+    """The name of a file of a folder that cannot be opened, if it is one of these."""
+    from safetensors import SafetensorError, safe_open
+
+    for path in sorted(Path(name).expanduser().glob("*.safetensors*")):
+        try:
+            if path.suffix == ".json":
+                json.loads(path.read_text("utf-8"))
+            else:
+                with safe_open(path, framework="pt"):
+                    pass
+        except (OSError, ValueError, SafetensorError):
+            return path.name
+    return None
+
+
+def check_length(config: RunConfig) -> None:
+    """Refuse sequences that are longer than the model has positions.
+
+    Raises:
+        ValueError: With both numbers.
+    """
+    positions = getattr(hf_config(config.model), "max_position_embeddings", None)
+    if isinstance(positions, int) and config.sequence.length > positions:
+        raise ValueError(
+            f"sequence.length={config.sequence.length} is above max_position_embeddings={positions} of "
+            f"{config.model.name or 'model.config'}; shorten it, or set model.config.max_position_embeddings "
+            "(and with pretrained weights rope_parameters, as the preset llama3-8b-512k-8gpu does)."
+        )
 
 
 def add_adapters(model: nn.Module, config: ModelConfig) -> nn.Module:
@@ -164,6 +269,20 @@ def add_adapters(model: nn.Module, config: ModelConfig) -> nn.Module:
         from peft import LoraConfig, get_peft_model
     except ImportError as error:
         raise ValueError("model.lora needs peft; install it with: pip install 'longseq[peft]'") from error
+    layers = sorted({name for name, module in model.named_modules() if isinstance(module, nn.Linear)})
+    strangers = [
+        target
+        for target in config.lora.target_modules
+        if not any(f".{layer}".endswith(f".{target}") for layer in layers)
+    ]
+    # Of the defaults, a family may have some under another name.
+    if len(strangers) == len(config.lora.target_modules) or (
+        strangers and "target_modules" in config.lora.model_fields_set
+    ):
+        raise ValueError(
+            f"model.lora.target_modules: the model has no layer {', '.join(strangers)}; use some of "
+            f"{', '.join(sorted({layer.rpartition('.')[2] for layer in layers}))}."
+        )
     lora = LoraConfig(
         r=config.lora.rank,
         lora_alpha=config.lora.alpha,
@@ -171,7 +290,10 @@ def add_adapters(model: nn.Module, config: ModelConfig) -> nn.Module:
         target_modules=list(config.lora.target_modules),
         task_type="CAUSAL_LM",
     )
-    return get_peft_model(model, lora)
+    with warnings.catch_warnings():
+        # peft calls transformers by a name that this would like to leave: nothing that a user can change.
+        warnings.simplefilter("ignore", FutureWarning)
+        return get_peft_model(model, lora)
 
 
 def build_model(
@@ -180,31 +302,54 @@ def build_model(
     device: torch.device,
     dtype: torch.dtype,
     zero: Mapping[str, Any] | None = None,
+    knobs: Knobs | None = None,
 ) -> nn.Module:
     """The model as it is trained: adapters, attention over the ranks of a sequence, mini-sequences.
 
-    `zero` is DeepSpeed's configuration where weights are sharded from the start.
+    Args:
+        config: The run.
+        groups: This rank's process groups.
+        device: Where the weights are.
+        dtype: Of them.
+        zero: DeepSpeed's configuration where weights are sharded from the start.
+        knobs: Of the run's plan; without one (on a CPU) the config's own words decide.
     """
     model = add_adapters(build_base_model(config.model, device, dtype, zero), config.model)
     apply_ulysses(model, groups)
-    sequence = config.sequence
-    tokens_a_gpu = sequence.length * config.train.micro_batch_sequences // groups.sp_size
-    streamed = {}
-    if sequence.checkpoints == "auto":
-        how = "streamed" if streams_layers(sequence, tokens_a_gpu) else "not streamed"
-        logger.info("sequence.checkpoints: layers are %s, for %d tokens a GPU", how, tokens_a_gpu)
-    if streams_layers(sequence, tokens_a_gpu):
-        saved = {"none": False, "auto": True}.get(sequence.save_attention, sequence.save_attention)
-        streamed = {"head_groups": sequence.head_groups, "save_attention": saved}
+    options = _by_config(config, groups) if knobs is None else _by_plan(knobs)
     apply_mini_sequence(
-        model,
-        tile_tokens=sequence.tile_tokens if sequence.mini_sequence else None,
-        checkpoints=_placement(sequence) if streamed else "none",
-        loss=sequence.loss,
-        loss_memory_mib=sequence.loss_memory_mib,
-        **streamed,
+        model, loss=config.sequence.loss, loss_memory_mib=config.sequence.loss_memory_mib, **options
     )
     return model.train()
+
+
+def _by_plan(knobs: Knobs) -> dict[str, Any]:
+    if not knobs.stream:
+        return {"tile_tokens": knobs.tile_tokens, "checkpoints": "none"}
+    return {
+        "tile_tokens": knobs.tile_tokens,
+        "checkpoints": knobs.inputs,
+        "head_groups": knobs.head_groups,
+        "save_attention": knobs.attention,
+    }
+
+
+def _by_config(config: RunConfig, groups: ProcessGroups) -> dict[str, Any]:
+    sequence = config.sequence
+    tile = sequence.tile_tokens if sequence.mini_sequence else None
+    tokens_a_gpu = sequence.length * config.train.micro_batch_sequences // groups.sp_size
+    streamed = streams_layers(sequence, tokens_a_gpu)
+    if sequence.checkpoints == "auto":
+        how = "streamed" if streamed else "not streamed"
+        logger.info("sequence.checkpoints: layers are %s, for %d tokens a GPU", how, tokens_a_gpu)
+    if not streamed:
+        return {"tile_tokens": tile, "checkpoints": "none"}
+    return {
+        "tile_tokens": tile,
+        "checkpoints": _placement(sequence),
+        "head_groups": sequence.head_groups,
+        "save_attention": {"none": False, "auto": True}.get(sequence.save_attention, sequence.save_attention),
+    }
 
 
 def _placement(sequence: SequenceConfig) -> str | Placement:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from .images import refuse_other_formats, save
 from .metric_records import read_metrics
 
 if TYPE_CHECKING:
@@ -19,7 +19,6 @@ __all__ = ["plot_runs", "read_metrics"]
 
 LowerPanel = Literal["tokens_per_second", "grad_norm"]
 
-_FORMATS = ("png", "svg", "pdf")
 _LOWER_LABELS = {"tokens_per_second": "tokens/s", "grad_norm": "gradient norm"}
 _GREY = "#6b6b6b"
 # Fewer points than this show their own course; smoothing them would only hide it.
@@ -71,7 +70,7 @@ def plot_runs(
         _draw_run(upper_axes, lower_axes, run, f"C{index % 10}", single=len(runs) == 1)
     _draw_references(upper_axes, runs)
     _dress(upper_axes, lower_axes, runs, lower)
-    _save(figure, target)
+    save(figure, target)
     return target
 
 
@@ -82,8 +81,7 @@ def _target(paths: list[Path], out: str | Path | None) -> Path:
         first = paths[0] if paths[0].is_dir() else paths[0].parent
         return first / "loss.png" if len(paths) == 1 else Path("loss.png")
     target = Path(out)
-    if target.suffix.lstrip(".").lower() not in _FORMATS:
-        raise ValueError(f"{target}: unknown kind of image; let the name end in .{', .'.join(_FORMATS)}.")
+    refuse_other_formats(target)
     return target
 
 
@@ -115,6 +113,8 @@ def _load(path: Path, label: str, lower: LowerPanel) -> _Run:
     evaluations = [record for record in records if record["kind"] == "eval"]
     if not steps:
         raise ValueError(f"{path}: holds no step yet; plot it once the run has taken one.")
+    _check_numbers(path, steps, ("step", "loss", lower))
+    _check_numbers(path, evaluations, ("step", "eval_loss"))
     return _Run(
         label=label,
         step=_column(steps, "step"),
@@ -126,6 +126,18 @@ def _load(path: Path, label: str, lower: LowerPanel) -> _Run:
             r["name"]: r["value"] for r in records if r["kind"] == "reference" and r["value"] is not None
         },
     )
+
+
+def _check_numbers(path: Path, records: list[dict[str, Any]], keys: tuple[str, ...]) -> None:
+    """A value may be null, where it was not finite or not known; a step has a number."""
+    for record in records:
+        for key in keys:
+            value = record.get(key)
+            if not isinstance(value, (int, float) if key == "step" else (int, float, type(None))):
+                raise ValueError(
+                    f"{path}: a record of kind {record['kind']} has {key}={value!r}, which is no number; "
+                    "delete its line of metrics.jsonl."
+                )
 
 
 def _column(records: list[dict[str, Any]], key: str) -> np.ndarray:
@@ -244,13 +256,3 @@ def _log_scale(axes: Axes, values: np.ndarray) -> None:
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if within_two_decades else (1,)))
     axes.yaxis.set_major_formatter("{x:g}")
     axes.yaxis.set_minor_formatter(NullFormatter())
-
-
-def _save(figure: Any, target: Path) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    try:
-        figure.savefig(temporary, format=target.suffix.lstrip(".").lower())
-        os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -5,20 +5,19 @@ from __future__ import annotations
 import fcntl
 import logging
 import os
-import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING
 
-from .nodes import adopt_slurm, asked_to_stop, heed_requests, meet
+from .nodes import adopt_slurm, meet
 
 if TYPE_CHECKING:
     import torch
 
     from ..distributed.groups import ProcessGroups
+    from .config import RunConfig
 
 logger = logging.getLogger(__name__)
 
@@ -29,15 +28,16 @@ def is_launched() -> bool:
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
-def join(ulysses_degree: int, *, use_deepspeed: bool) -> tuple[ProcessGroups, torch.device]:
+def join(config: RunConfig, *, use_deepspeed: bool = True) -> tuple[RunConfig, ProcessGroups, torch.device]:
     """Make this process one of its run.
 
     Args:
-        ulysses_degree: Ranks that share a sequence.
-        use_deepspeed: Whether ZeRO is used, so that DeepSpeed must know the process group too.
+        config: The run; what it leaves to the plan is decided here, alike on every rank.
+        use_deepspeed: Whether DeepSpeed must know the process group too, where the config asks for ZeRO.
 
     Returns:
-        The process groups and the device that this rank computes on.
+        The config with numbers for what the plan chooses, the process groups, and the device that this rank
+        computes on.
 
     Raises:
         ValueError: The node has fewer GPUs than processes, or the nodes were told different worlds.
@@ -46,35 +46,62 @@ def join(ulysses_degree: int, *, use_deepspeed: bool) -> tuple[ProcessGroups, to
     import torch.distributed as dist
 
     from ..distributed.groups import ProcessGroups
+    from .planner.resolve import resolve_for_run
 
-    has_gpu = torch.cuda.is_available()
-    device = torch.device("cuda", local_gpu(torch.cuda.device_count())) if has_gpu else torch.device("cpu")
-    if has_gpu:
-        torch.cuda.set_device(device)
-    else:
-        # accelerate imports DeepSpeed whether it is used or not, and that complains of a missing GPU.
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    device = _device()
     launched = is_launched()
-    if launched and not has_gpu:
+    if not launched:
+        config = resolve_for_run(config, 1)
+    elif device.type == "cpu":
         local_world = int(
             os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or os.environ["WORLD_SIZE"]
         )
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_world))
-    if launched or use_deepspeed:
-        if not launched:
-            # ZeRO on one process still talks to a group, of one.
-            os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1")
-            os.environ["MASTER_PORT"] = str(free_port())
-        world = {}
-        if "TORCHELASTIC_RUN_ID" not in os.environ:  # torchrun's nodes have met already
-            rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-            world = {"store": meet(), "rank": rank, "world_size": size}
-        dist.init_process_group("nccl" if has_gpu else "gloo", device_id=device if has_gpu else None, **world)
-    if use_deepspeed:
+    if launched or (use_deepspeed and config.parallel.zero_stage > 0):
+        _join_group(device, launched)
+    if launched:  # behind the group: by what all ranks' machines have
+        config = resolve_for_run(config, dist.get_world_size())
+    if use_deepspeed and config.parallel.zero_stage > 0:
         from ..distributed.zero import init_deepspeed_communication
 
         init_deepspeed_communication()
-    return ProcessGroups.create(ulysses_degree), device
+    return config, ProcessGroups.create(config.parallel.ulysses_degree), device
+
+
+ALLOCATOR_SETTINGS = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+"""What torch reads its allocator's settings from, by its newer and its older name."""
+
+
+def _device() -> torch.device:
+    import torch
+
+    # Segments that grow: a long step asks for tensors of many lengths, and between segments of a fixed size
+    # up to a fifth of what the allocator held on one GPU was of no use (benchmarks/results/plan.md, H100).
+    # A person's own settings stay. It counts from the first allocation on, and none was made yet.
+    if not any(name in os.environ for name in ALLOCATOR_SETTINGS):
+        os.environ[ALLOCATOR_SETTINGS[0]] = "expandable_segments:True"
+    if not torch.cuda.is_available():
+        # accelerate imports DeepSpeed whether it is used or not, and that complains of a missing GPU.
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        return torch.device("cpu")
+    device = torch.device("cuda", local_gpu(torch.cuda.device_count()))
+    torch.cuda.set_device(device)
+    return device
+
+
+def _join_group(device: torch.device, launched: bool) -> None:
+    import torch.distributed as dist
+
+    if not launched:
+        # ZeRO on one process still talks to a group, of one.
+        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1")
+        os.environ["MASTER_PORT"] = str(free_port())
+    world = {}
+    if "TORCHELASTIC_RUN_ID" not in os.environ:  # torchrun's nodes have met already
+        rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        world = {"store": meet(), "rank": rank, "world_size": size}
+    has_gpu = device.type == "cuda"
+    dist.init_process_group("nccl" if has_gpu else "gloo", device_id=device if has_gpu else None, **world)
 
 
 def local_gpu(count: int) -> int:
@@ -131,31 +158,6 @@ def sole_user(run_dir: Path) -> Iterator[None]:
                 "%s cannot be locked (%s): see that no second run uses it.", run_dir, error.strerror
             )
         yield
-
-
-class StopRequest:
-    """Whether the run was asked to save and stop (SIGTERM, SIGUSR1); looked at between two steps."""
-
-    def __init__(self) -> None:
-        self._signal: str | None = None
-        self._earlier = {
-            number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGUSR1)
-        }
-        heed_requests(True)
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        self._signal = signal.Signals(number).name
-
-    @property
-    def asked_by(self) -> str | None:
-        """The signal that came, here or (on rank 0) to the launcher on another machine."""
-        return self._signal or asked_to_stop()
-
-    def restore(self) -> None:
-        """Give the signals back to whom they belonged."""
-        heed_requests(False)
-        for number, handler in self._earlier.items():
-            signal.signal(number, handler)
 
 
 class ConsoleHandler(logging.StreamHandler):

@@ -6,7 +6,7 @@ import hashlib
 import logging
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -22,9 +22,13 @@ from .data.prepare import prepare
 from .data.token_store import TokenStore
 from .data.tokenizer import load_tokenizer, padding_id
 from .deepspeed_json import read_json, unknown_keys
-from .model import build_model, check_model, check_vocabulary, name_special_tokens
+from .model import build_model, check_length, check_model, check_vocabulary, name_special_tokens
 from .nodes import require_same
 from .optimizer import build_optimizer
+
+if TYPE_CHECKING:
+    from .planner.knobs import Knobs
+    from .planner.plan import Plan
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +44,7 @@ class RunParts:
         engine: The model and its optimizer.
         total_steps: Optimizer steps of the whole run.
         data_digest: Of every document's tokens, in their order: the cursor means nothing in other data.
+        plan: By which the run is run; None on a CPU, where nothing is planned.
     """
 
     tokenizer: Any
@@ -48,9 +53,10 @@ class RunParts:
     engine: Engine
     total_steps: int
     data_digest: str
+    plan: Plan | None = None
 
 
-def set_up(config: RunConfig, plan: ParallelPlan, groups: ProcessGroups, device: torch.device) -> RunParts:
+def set_up(config: RunConfig, sharing: ParallelPlan, groups: ProcessGroups, device: torch.device) -> RunParts:
     """Prepare the data unless that has been done, and build the model; every rank calls it.
 
     Raises:
@@ -58,7 +64,10 @@ def set_up(config: RunConfig, plan: ParallelPlan, groups: ProcessGroups, device:
     """
     # Before hours of data:
     check_model(config.model)
-    _check_deepspeed_config(config, plan, groups)
+    check_length(config)
+    _check_deepspeed_config(config, sharing, groups)
+    # While ranks have pinned nothing yet: what is free is asked for once.
+    plan = _plan(config, groups, device)
     tokenizer = load_tokenizer(config.data.tokenizer or config.model.name or "bytes")
     # The others find it done; where nodes do not share the cache, each builds its own.
     groups.main_first(lambda: prepare(config.data, tokenizer, progress=True), "data")
@@ -87,11 +96,27 @@ def set_up(config: RunConfig, plan: ParallelPlan, groups: ProcessGroups, device:
         config.train.global_batch_sequences,
     )
     torch.manual_seed(config.train.seed)
-    engine = build_engine(config, plan, groups, device, tokenizer)
+    knobs = None if plan is None else plan.knobs
+    engine = build_engine(config, sharing, groups, device, tokenizer, knobs)
     if groups.world_size > 1:
         calibrate(engine, groups, engine.module.config.vocab_size, device)
     torch.manual_seed(config.train.seed + 1 + groups.rank)  # dropout must not repeat from shard to shard
-    return RunParts(tokenizer, train_set, eval_set, engine, total_steps, digest)
+    return RunParts(tokenizer, train_set, eval_set, engine, total_steps, digest, plan)
+
+
+def _plan(config: RunConfig, groups: ProcessGroups, device: torch.device) -> Plan | None:
+    """The plan of this run, said at once; none on a CPU."""
+    if device.type != "cuda":
+        return None
+    from .planner.at_start import plan_for_run
+    from .planner.report import log_plan
+
+    plan = plan_for_run(config, groups, device)
+    # Groups of heads are collectives: ranks that planned otherwise would wait for each other for ever.
+    advice = "every node must see the same model and have the same packages"
+    require_same({"what the plan chose": str(plan.knobs)}, groups, advice)
+    log_plan(plan)
+    return plan
 
 
 def _digest(*stores: TokenStore | None) -> str:
@@ -112,19 +137,24 @@ def _sequences(config: RunConfig, store: TokenStore, tokenizer: Any) -> Sequence
 
 
 def build_engine(
-    config: RunConfig, plan: ParallelPlan, groups: ProcessGroups, device: torch.device, tokenizer: Any
+    config: RunConfig,
+    sharing: ParallelPlan,
+    groups: ProcessGroups,
+    device: torch.device,
+    tokenizer: Any,
+    knobs: Knobs | None = None,
 ) -> Engine:
-    """The model as it is trained, under the engine that the config asks for."""
+    """The model as it is trained, by the plan's knobs if there are any, under the engine of the config."""
     bf16 = config.train.precision == "bf16"
     use_zero = config.parallel.zero_stage > 0
     # ZeRO keeps float32 masters of its own, and frozen weights need none (peft makes adapters float32);
     # otherwise the weights are the masters, unless they are to be rounded stochastically.
     needs_none = use_zero or config.model.lora is not None or config.optimizer.weights == "bf16"
     dtype = torch.bfloat16 if bf16 and needs_none else torch.float32
-    options = _zero_options(config, plan) if use_zero else None
+    options = _zero_options(config, sharing) if use_zero else None
     # Under ZeRO-3 no rank could hold the whole of a model that needs it.
     sharded = options.deepspeed_config(groups.world_size) if options and options.stage == 3 else None
-    model = build_model(config, groups, device, dtype, sharded)
+    model = build_model(config, groups, device, dtype, sharded, knobs)
     check_vocabulary(model, tokenizer)
     if config.model.name is None:
         name_special_tokens(model, tokenizer)
@@ -134,7 +164,7 @@ def build_engine(
             model,
             optimizer,
             groups,
-            accumulation_steps=plan.accumulation_steps,
+            accumulation_steps=sharing.accumulation_steps,
             clip_norm=config.optimizer.clip_norm,
             bf16=bf16,
             in_backward=config.optimizer.in_backward,
@@ -148,19 +178,19 @@ def build_engine(
     return engine
 
 
-def _check_deepspeed_config(config: RunConfig, plan: ParallelPlan, groups: ProcessGroups) -> None:
+def _check_deepspeed_config(config: RunConfig, sharing: ParallelPlan, groups: ProcessGroups) -> None:
     if config.parallel.deepspeed_config is None:
         return
-    options = _zero_options(config, plan)
+    options = _zero_options(config, sharing)
     for line in unknown_keys(options.user or {}):
         logger.warning("%s", line)
     refuse_what_deepspeed_does(options.deepspeed_config(groups.world_size))
 
 
-def _zero_options(config: RunConfig, plan: ParallelPlan) -> ZeroOptions:
+def _zero_options(config: RunConfig, sharing: ParallelPlan) -> ZeroOptions:
     return ZeroOptions(
         config.parallel.zero_stage,
-        plan.accumulation_steps,
+        sharing.accumulation_steps,
         config.optimizer.clip_norm,
         config.train.precision == "bf16",
         config.parallel.offload_optimizer == "cpu",

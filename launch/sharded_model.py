@@ -98,7 +98,7 @@ def safetensors_of(name: str) -> list[Path]:
 def _from_config(architecture: Any, dtype: torch.dtype) -> nn.Module:
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_config(architecture, dtype=dtype, attn_implementation="sdpa")
+    return AutoModelForCausalLM.from_config(architecture, dtype=dtype, attn_implementation="eager")
 
 
 @contextmanager

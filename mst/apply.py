@@ -14,7 +14,7 @@ from .decoder_layer import StreamedLayer, StreamOptions
 from .families import CausalLMParts, find_parts
 from .final_norm import fused_norm
 from .handle import MiniSequenceHandle
-from .layer_memory import Chain
+from .layer_memory import Chain, SavedAttention
 from .layer_parts import dropouts_of
 from .layer_places import PlaceChooser, parse_save_attention
 from .low_rank import as_linear_head
@@ -36,7 +36,7 @@ def apply_mini_sequence(
     tile_tokens: int | str | None = "auto",
     head_groups: int | str = "auto",
     checkpoints: str | Placement = "auto",
-    save_attention: bool | int | str = False,
+    save_attention: bool | int | str | SavedAttention = False,
     loss: str = "cce",
     loss_memory_mib: int | None = None,
     eval_logits: bool = False,
@@ -62,7 +62,8 @@ def apply_mini_sequence(
         save_attention: Keep attention's output and log-sum-exp too, which spares its second forward for 8 KiB
             a token and layer of a Llama-3-8B: of every layer "gpu" or "host", of the last so many layers on
             the GPU (a number), or True, as much as there is room for. "all" keeps queries, keys, values
-            and the sum behind attention too, 28 KiB in all, and runs no product before the MLP again.
+            and the sum behind attention too, 28 KiB in all, and runs no product before the MLP again. A
+            `SavedAttention` says all of it.
         loss: "cce" (cut cross-entropy), "mini_sequence" (the head itself, tile by tile) or "logits" (as
             it was).
         loss_memory_mib: MiB that the loss may take beside its gradients; None lets the method choose.
@@ -139,7 +140,7 @@ def _check_options(
     tile_tokens: int | str | None,
     head_groups: int | str,
     placement: Placement | str | None,
-    save_attention: bool | int | str,
+    save_attention: bool | int | str | SavedAttention,
     loss: str,
     attention_kernel: str,
 ) -> None:

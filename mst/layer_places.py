@@ -149,18 +149,20 @@ def least_of_ranks(numbers: list[int], group: dist.ProcessGroup | None, device: 
     return least.tolist()
 
 
-def parse_save_attention(value: bool | int | str, num_layers: int) -> SavedAttention | str:
+def parse_save_attention(value: bool | int | str | SavedAttention, num_layers: int) -> SavedAttention | str:
     """What a user's `save_attention=` means.
 
     Args:
         value: False (nothing is saved), True (as much as there is room for), a number (of the last so many
             layers, on the GPU), "gpu" or "host" (of every layer), "all" (of every layer on the GPU, with
-            queries, keys, values and what the MLP half starts from).
+            queries, keys, values and what the MLP half starts from), or a `SavedAttention`.
         num_layers: Decoder layers.
 
     Raises:
         ValueError: Anything else.
     """
+    if isinstance(value, SavedAttention):
+        return value
     if value is True:
         return "auto"
     if value is False:
@@ -174,6 +176,6 @@ def parse_save_attention(value: bool | int | str, num_layers: int) -> SavedAtten
     if isinstance(value, int) and 0 <= value <= num_layers:
         return SavedAttention(gpu_layers=value)
     raise ValueError(
-        f"save_attention={value!r} must be True, False, 'gpu', 'host', 'all' or a number of layers, at most "
-        f"{num_layers}."
+        f"save_attention={value!r} must be True, False, 'gpu', 'host', 'all', a number of layers, at most "
+        f"{num_layers}, or a SavedAttention."
     )

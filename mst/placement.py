@@ -147,7 +147,7 @@ def available_host_bytes(share: float = 0.85) -> int:
 
     Returns:
         Bytes: free memory within the machine's and the container's limits, times `share`, over the
-        processes of this machine (`LOCAL_WORLD_SIZE`). Wrong once a rank has begun to pin.
+        processes of this machine (`local_world_size`). Wrong once a rank has begun to pin.
 
     Raises:
         ValueError: `share` not in (0, 1].
@@ -167,8 +167,8 @@ def free_host_bytes() -> int:
 
 
 def local_world_size() -> int:
-    """Processes of this job on this machine, 1 unless a launcher says otherwise."""
-    return max(1, int(os.environ.get("LOCAL_WORLD_SIZE") or 1))
+    """Processes of this job on this machine, 1 unless a launcher says otherwise: torchrun, or DeepSpeed's."""
+    return max(1, int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1))
 
 
 def gib(num_bytes: int) -> str:

@@ -184,8 +184,16 @@ def _assert_same_place(ours: Path, truth: Path) -> None:
 
 
 def checkpoint_names(run_dir: Path) -> list[str]:
-    """What is in the folder of the checkpoints, hidden or not."""
-    return sorted(path.name for path in (run_dir / "checkpoints").iterdir())
+    """What is in the folder of the checkpoints, hidden or not, beside the pointer to the newest."""
+    return sorted(path.name for path in (run_dir / "checkpoints").iterdir() if path.name != "latest")
+
+
+def forget_manifest(checkpoint: Path) -> None:
+    """Make a checkpoint what versions wrote that knew no manifest."""
+    (checkpoint / "manifest.json").unlink()
+    state = json.loads((checkpoint / "state.json").read_text())
+    del state["manifest"]
+    (checkpoint / "state.json").write_text(json.dumps(state))
 
 
 def held_out_loss(model_dir: Path, documents: Path, dtype: torch.dtype = torch.float32) -> tuple[float, int]:
@@ -244,10 +252,11 @@ def train_on_two(yamls: Iterable[Path]) -> str:
 def _one_of_several(yamls: list[str]) -> None:
     from longseq.launch.processes import join, leave, set_up_logging
 
-    groups, device = join(1, use_deepspeed=True)
+    configs = [load_config(path) for path in yamls]
+    # DeepSpeed must hear of the process group before the first run that uses it.
+    _, groups, device = join(max(configs, key=lambda config: config.parallel.zero_stage))
     set_up_logging(groups.is_main)
-    for path in yamls:
-        config = load_config(path)
+    for config in configs:
         train_module.train(config, ProcessGroups.create(config.parallel.ulysses_degree), device)
     leave()
 

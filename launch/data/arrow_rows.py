@@ -8,7 +8,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .rows import KIND_COLUMNS, OPTIONAL_COLUMNS, Document, Kind, Read, columns_advice, kind_of_columns
+from .rows import (
+    KIND_COLUMNS,
+    OPTIONAL_COLUMNS,
+    Document,
+    Kind,
+    Problem,
+    Read,
+    columns_advice,
+    kind_of_columns,
+)
 
 if TYPE_CHECKING:
     import datasets
@@ -16,6 +25,8 @@ if TYPE_CHECKING:
 
 _WEIGH_ROWS = 10_000
 _READ_ROWS = 256
+_UNREADABLE = (ValueError, OSError, OverflowError, SystemError)
+"""What Arrow raises where it cannot make values of what it finds; its own errors are of these."""
 
 
 @dataclass(frozen=True)
@@ -31,10 +42,34 @@ class ArrowReader:
         start, stop = part
         for first in range(start, stop, _READ_ROWS):
             last = min(first + _READ_ROWS, stop)
-            columns = self.dataset[first:last]
+            try:
+                self._validate(first, last)
+                columns = self.dataset[first:last]
+            except _UNREADABLE:
+                # One of them is: text that is not UTF-8 is seen only here.
+                yield from (self._read_alone(i) for i in range(first, last))
+                continue
             for i in range(last - first):
-                row = {name: columns[name][i] for name in self.columns}
-                yield first + i, Document(self.kind, _without_fillers(row), f"{self.name} row {first + i}")
+                yield first + i, self._document(first + i, {name: columns[name][i] for name in self.columns})
+
+    def _validate(self, first: int, last: int) -> None:
+        """See that rows are what they should be before they are read: a wrong offset may lead anywhere."""
+        self.dataset.with_format("arrow")[first:last].validate(full=True)
+
+    def _read_alone(self, i: int) -> Read:
+        try:
+            self._validate(i, i + 1)
+            row = self.dataset[i]
+        except _UNREADABLE as error:
+            reason = "not UTF-8" if "UTF8" in str(error) else "unreadable row"
+            return i, Problem(self._where(i), reason, str(error).strip())
+        return i, self._document(i, {name: row[name] for name in self.columns})
+
+    def _document(self, i: int, row: dict[str, Any]) -> Document:
+        return Document(self.kind, _without_fillers(row), self._where(i))
+
+    def _where(self, i: int) -> str:
+        return f"{self.name} row {i}"
 
 
 class ArrowRows:
@@ -89,7 +124,8 @@ def _row_sizes(dataset: datasets.Dataset) -> np.ndarray:
     parts = [np.empty(0, np.int64)]
     for start in range(0, len(dataset), _WEIGH_ROWS):
         table = arrow[start : start + _WEIGH_ROWS]
-        parts.append(sum(_value_sizes(column.combine_chunks()) for column in table.columns))
+        sizes = sum(_value_sizes(column.combine_chunks()) for column in table.columns)
+        parts.append(np.maximum(sizes, 0))  # a damaged one may be anything
     return np.concatenate(parts)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import lru_cache
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -15,6 +15,14 @@ from .token_store import TokenStore
 
 Batch = dict[str, torch.Tensor]
 """`input_ids`, `labels` and `position_ids`, int64 (1, L), and `document_offsets`, int32 (documents + 1,)."""
+
+
+class Piece(NamedTuple):
+    """Tokens `start` to `stop` of a document, which was read at `name`."""
+
+    name: str
+    start: int
+    stop: int
 
 
 class SequenceDataset:
@@ -65,18 +73,7 @@ class SequenceDataset:
             the token itself, not yet shifted, or -100 where it carries no loss; `document_offsets`, int32
             (documents + 1,), from 0 to L. Padding at the end counts as one more document.
         """
-        if not 0 <= i < len(self):
-            raise IndexError(f"sequence {i} of {len(self)}")
-        packing = self.packing
-        pieces = slice(int(packing.sequence_offsets[i]), int(packing.sequence_offsets[i + 1]))
-        bounds = list(
-            zip(
-                packing.document[pieces].tolist(),
-                packing.start[pieces].tolist(),
-                packing.stop[pieces].tolist(),
-                strict=True,
-            )
-        )
+        packing, bounds = self.packing, self._bounds(i)
         tokens = [self._store.tokens(*bound) for bound in bounds]
         masks = [self._store.loss_mask(*bound) for bound in bounds]
         padding = 0 if packing.capacity is None else packing.capacity - sum(map(len, tokens))
@@ -91,6 +88,18 @@ class SequenceDataset:
             "position_ids": torch.from_numpy(np.concatenate([np.arange(len(one)) for one in tokens])),
             "document_offsets": torch.from_numpy(offsets.astype(np.int32)),
         }
+
+    def pieces(self, i: int) -> list[Piece]:
+        """Where the text of sequence `i` comes from."""
+        return [Piece(self._store.name(document), start, stop) for document, start, stop in self._bounds(i)]
+
+    def _bounds(self, i: int) -> list[tuple[int, int, int]]:
+        if not 0 <= i < len(self):
+            raise IndexError(f"sequence {i} of {len(self)}")
+        packing = self.packing
+        pieces = slice(int(packing.sequence_offsets[i]), int(packing.sequence_offsets[i + 1]))
+        columns = (packing.document, packing.start, packing.stop)
+        return list(zip(*(column[pieces].tolist() for column in columns), strict=True))
 
 
 @lru_cache(maxsize=2)
@@ -152,19 +161,44 @@ def micro_batches(
     Raises:
         ValueError: `dp_size` does not divide `global_batch`.
     """
+    for taken in step_sequences(
+        len(dataset),
+        seed=seed,
+        first_sequence=first_sequence,
+        global_batch=global_batch,
+        micro_batch=micro_batch,
+        dp_rank=dp_rank,
+        dp_size=dp_size,
+    ):
+        yield join_sequences([dataset[i] for i in taken])
+
+
+def step_sequences(
+    num_sequences: int,
+    *,
+    seed: int,
+    first_sequence: int,
+    global_batch: int,
+    micro_batch: int,
+    dp_rank: int,
+    dp_size: int,
+) -> list[list[int]]:
+    """Which sequences `micro_batches` takes: for each micro batch, their indices in the dataset."""
     if global_batch % dp_size:
         raise ValueError(
             f"train.global_batch_sequences={global_batch} is not a multiple of the {dp_size} groups of GPUs "
             f"that work on different sequences; use {-(-global_batch // dp_size) * dp_size}."
         )
     mine = range(first_sequence + dp_rank, first_sequence + global_batch, dp_size)
-    for start in range(0, len(mine), micro_batch):
-        yield join_sequences([_sequence(dataset, seed, k) for k in mine[start : start + micro_batch]])
+    return [
+        [_index(num_sequences, seed, k) for k in mine[start : start + micro_batch]]
+        for start in range(0, len(mine), micro_batch)
+    ]
 
 
-def _sequence(dataset: SequenceDataset, seed: int, k: int) -> Batch:
-    epoch, position = divmod(k, len(dataset))
-    return dataset[int(sequence_order(len(dataset), seed, epoch)[position])]
+def _index(num_sequences: int, seed: int, k: int) -> int:
+    epoch, position = divmod(k, num_sequences)
+    return int(sequence_order(num_sequences, seed, epoch)[position])
 
 
 def evaluation_batches(
@@ -183,7 +217,7 @@ def evaluation_batches(
 
 
 def _evaluated(dataset: SequenceDataset, k: int, num_sequences: int) -> Batch:
-    sequence = _sequence(dataset, 0, k % num_sequences)
+    sequence = dataset[_index(len(dataset), 0, k % num_sequences)]
     if k >= num_sequences:
         sequence["labels"] = torch.full_like(sequence["labels"], IGNORED_LABEL)
     return sequence

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import shutil
 import sys
 import time
@@ -28,6 +29,8 @@ from .tokenizer import load_tokenizer, tokenizer_fingerprint
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
 
 MAX_PROBLEMS = 20
 # One slip in a week's worth of text should not take the week to be told.
@@ -107,6 +110,8 @@ def prepare(
     """
     if isinstance(tokenizer, str):
         tokenizer = load_tokenizer(tokenizer)
+    if data.eval_source is not None:
+        _found("data.eval_source", data.eval_source, data.split)  # before hours of data.source
     store, report = _prepare_store("data.source", data.source, data, tokenizer, progress)
     if data.eval_source is not None:
         heldout, eval_report = _prepare_store("data.eval_source", data.eval_source, data, tokenizer, progress)
@@ -116,6 +121,13 @@ def prepare(
     return PreparedData(store.select(np.flatnonzero(~chosen)), heldout, report)
 
 
+def _found(key: str, specs: str | Sequence[str], split: str) -> list[Source]:
+    try:
+        return find_sources(specs, split)
+    except ValueError as error:
+        raise ValueError(str(error).replace("data.source=", f"{key}=")) from error
+
+
 def _prepare_store(
     key: str,
     specs: str | Sequence[str],
@@ -123,7 +135,7 @@ def _prepare_store(
     tokenizer: PreTrainedTokenizerBase,
     progress: bool,
 ) -> tuple[TokenStore, PrepareReport]:
-    sources = find_sources(specs, data.split)
+    sources = _found(key, specs, data.split)
     fingerprints = [source.fingerprint() for source in sources]
     settings = {
         "format": FORMAT,
@@ -135,8 +147,15 @@ def _prepare_store(
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
     folder = cache_root(data.cache_dir) / "tokens" / digest[:24]
     builder = _Builder(key, sources, fingerprints, data, tokenizer, progress)
+    damage = _damage(folder)
+    if damage is not None:
+        logger.warning("%s It is made anew from %s.", damage, key)
     try:
-        built = build_once(folder, _is_whole, builder.build)
+        built = build_once(folder, lambda path: path.exists() and _damage(path) is None, builder.build)
+    except (ValueError, RuntimeError) as error:
+        if damage is None:
+            raise
+        raise ValueError(f"{damage} It could not be made anew: {error}") from error
     except OSError as error:
         raise ValueError(
             f"{key} cannot be tokenised into {folder.parent}: {error}. If there is no room or no right to "
@@ -150,14 +169,15 @@ def _prepare_store(
     return store, report
 
 
-def _is_whole(folder: Path) -> bool:
+def _damage(folder: Path) -> str | None:
+    """What is wrong with the tokens in a folder, if they are there."""
     if not folder.exists():
-        return False
+        return None
     try:
         TokenStore.open(folder)
-    except ValueError:
-        return False
-    return True
+    except ValueError as error:
+        return str(error)
+    return None
 
 
 def _report(store: TokenStore, *, reused: bool) -> PrepareReport:
@@ -211,7 +231,10 @@ class _Builder:
             num_documents += len(result.batch.rows)
         self.problems.finish()
         if not num_documents:
-            raise ValueError(f"{self.key} holds no document that can be used.{self.problems.listing()}")
+            raise ValueError(
+                f"{self.key} holds no document that can be used; name another source."
+                f"{self.problems.listing()}"
+            )
         writer.finish(
             {
                 "sources": [{"style": one.style, "names": one.names} for one in rows],
@@ -254,7 +277,9 @@ class _Problems:
     def _raise(self, extent: str) -> None:
         if self._skip:
             return
+        total = self.counts.total()
         raise ValueError(
-            f"{self._key}: {self.counts.total():,} rows or files cannot be used ({extent}):"
+            f"{self._key}: {total:,} {'row or file' if total == 1 else 'rows or files'} cannot be used "
+            f"({extent}):"
             f"{self.listing()}\nCorrect them, or set data.on_error=skip: they are then left out and counted."
         )

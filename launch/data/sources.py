@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import glob
 import gzip
 import hashlib
@@ -11,25 +10,15 @@ import re
 import shutil
 import sysconfig
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Literal
 
+from ..exit_status import is_disk_full
 from .arrow_rows import ArrowRows
-from .rows import (
-    KIND_COLUMNS,
-    OPTIONAL_COLUMNS,
-    JsonLines,
-    Problem,
-    Rows,
-    TextFiles,
-    columns_advice,
-    kind_of_columns,
-)
-
-if TYPE_CHECKING:
-    import datasets
+from .hf_datasets import load_folder, load_hub, load_parquet, load_saved, saved_shards
+from .rows import JsonLines, Problem, Rows, TextFiles
 
 LINE_SUFFIXES = (".jsonl", ".ndjson", ".json", ".jsonl.gz", ".ndjson.gz", ".json.gz")
 _REFUSED_SUFFIXES = (".csv", ".tsv", ".arrow", ".zip", ".tar", ".gz", ".zst", ".xz", ".bz2", ".pdf", ".docx")
@@ -61,7 +50,7 @@ class Source:
         the Hugging Face cache calls the version of a dataset."""
         digest = hashlib.sha256(f"{self.form}\0{self.split}".encode())
         if self.form == "hub":
-            digest.update(_load_hub(self.spec, self.split)._fingerprint.encode())
+            digest.update(load_hub(self.spec, self.split)._fingerprint.encode())
         for path in self.paths:
             try:
                 stat = path.stat()
@@ -112,7 +101,7 @@ def _find_source(spec: str, split: str) -> Source:
         # What a pattern hits besides files that can be read is left to the person who wrote it.
         paths = sorted(Path(hit) for hit in glob.glob(str(path), recursive=True) if Path(hit).is_file())
         if not paths:
-            raise ValueError(f"data.source={spec!r}: no file fits the pattern (from {Path.cwd()}).")
+            raise ValueError(f"data.source={spec!r}: no file fits the pattern (from {Path.cwd()}); check it.")
         for hit in paths:
             _check_suffix(hit)
         return Source(spec, "files", tuple(paths), split)
@@ -120,7 +109,7 @@ def _find_source(spec: str, split: str) -> Source:
     if looks_local or not _HUB_NAME.fullmatch(spec):
         raise ValueError(
             f"data.source={spec!r}: there is no such file or folder (from {Path.cwd()}), and it is no name "
-            "on the Hugging Face hub either; those are `owner/name` or `owner/name:config`."
+            "on the Hugging Face hub either; check the path, or name `owner/name` or `owner/name:config`."
         )
     return Source(spec, "hub", (), split)
 
@@ -130,7 +119,7 @@ def _find_folder(spec: str, path: Path, split: str) -> Source:
     if (path / "state.json").exists() or (path / "dataset_dict.json").exists():
         return Source(spec, "saved", files, split)
     if not files:
-        raise ValueError(f"data.source={spec!r}: the folder holds no file.")
+        raise ValueError(f"data.source={spec!r}: the folder holds no file that is not hidden; name another.")
     tables = {suffix for suffix in _TABLE_SUFFIXES for file in files if file.name.lower().endswith(suffix)}
     if not tables:
         if all(file.name.lower().endswith((*LINE_SUFFIXES, *_REFUSED_SUFFIXES)) for file in files):
@@ -207,11 +196,14 @@ def open_source(source: Source, max_documents: int | None, scratch: Path) -> Ope
         paths = list(source.paths[:max_documents])
         return OpenedSource([TextFiles(paths, [str(path) for path in paths])], [])
     if source.form == "saved":
-        dataset = _load_saved(source.spec, source.split)
+        try:
+            dataset = load_saved(source.spec, source.split)
+        except ValueError as error:
+            return _open_shards(source, max_documents, error)
     elif source.form == "folder":
-        dataset = _load_folder(source.spec, source.split, scratch)
+        dataset = load_folder(source.spec, source.split, source.paths, scratch)
     else:
-        dataset = _load_hub(source.spec, source.split)
+        dataset = load_hub(source.spec, source.split)
     name = f"{source.spec}[{source.split}]"
     try:
         return OpenedSource([ArrowRows(dataset, name, max_documents)], [])
@@ -250,6 +242,8 @@ def _open_files(paths: Sequence[Path], max_documents: int | None, scratch: Path)
         except ValueError as error:
             problems.append(Problem(str(path), "no usable columns", str(error)))
         except (OSError, EOFError, zlib.error) as error:
+            if is_disk_full(error):  # of the copy, which says nothing of the file
+                raise
             problems.append(Problem(str(path), "unreadable file", str(error)))
     if left is None or left > 0:
         take_texts()
@@ -259,7 +253,7 @@ def _open_files(paths: Sequence[Path], max_documents: int | None, scratch: Path)
 def _open_table(path: Path, max_rows: int | None, scratch: Path) -> Rows:
     name = path.name.lower()
     if name.endswith(".parquet"):
-        return ArrowRows(_load_parquet(path, scratch), str(path), max_rows)
+        return ArrowRows(load_parquet(path, scratch), str(path), max_rows)
     if name.endswith(".gz"):
         # A compressed file cannot be read from its middle.
         unpacked = scratch / f"{len(os.listdir(scratch))}-{path.stem}"
@@ -269,79 +263,17 @@ def _open_table(path: Path, max_rows: int | None, scratch: Path) -> Rows:
     return JsonLines(path, str(path), max_rows)
 
 
-def _load_parquet(path: Path, scratch: Path) -> datasets.Dataset:
-    import datasets
-    import pyarrow
-    from pyarrow import parquet
-
-    try:
-        columns = set(parquet.read_schema(path).names)
-        kind = kind_of_columns(columns)
-        if kind is None:
-            raise ValueError(columns_advice(columns))
-        used = [name for name in KIND_COLUMNS[kind] + OPTIONAL_COLUMNS[kind] if name in columns]
-        with _no_bars():
-            return datasets.Dataset.from_parquet(str(path), cache_dir=str(scratch), columns=used)
-    except (pyarrow.ArrowException, datasets.exceptions.DatasetsError) as error:
-        raise OSError(f"not a Parquet file that can be read: {error}") from error
-
-
-@contextlib.contextmanager
-def _no_bars() -> Iterator[None]:
-    """Hides the progress bars of `datasets`, which would be one a file."""
-    import datasets
-
-    if datasets.are_progress_bars_disabled():
-        yield
-        return
-    datasets.disable_progress_bars()
-    try:
-        yield
-    finally:
-        datasets.enable_progress_bars()
-
-
-def _load_saved(spec: str, split: str) -> datasets.Dataset:
-    import datasets
-
-    return _one_split(
-        _loaded(spec, lambda: datasets.load_from_disk(str(Path(spec).expanduser()))), spec, split
-    )
-
-
-def _load_folder(spec: str, split: str, scratch: Path) -> datasets.Dataset:
-    import datasets
-
-    path = str(Path(spec).expanduser())
-    loaded = _loaded(spec, lambda: datasets.load_dataset(path, split=split, cache_dir=str(scratch)))
-    return _one_split(loaded, spec, split)
-
-
-def _load_hub(spec: str, split: str) -> datasets.Dataset:
-    import datasets
-
-    name, _, config = spec.partition(":")
-    loaded = _loaded(spec, lambda: datasets.load_dataset(name, config or None, split=split))
-    return _one_split(loaded, spec, split)
-
-
-def _loaded(spec: str, load: Any) -> Any:
-    import datasets
-
-    try:
-        return load()
-    except (OSError, ValueError, KeyError, datasets.exceptions.DatasetsError) as error:
-        raise ValueError(
-            f"data.source={spec!r} cannot be loaded by `datasets`: {error} Check the name, data.split and "
-            "your connection; files can also be named one by one or by a pattern (data/*.jsonl)."
-        ) from error
-
-
-def _one_split(loaded: Any, spec: str, split: str) -> datasets.Dataset:
-    if not isinstance(loaded, dict):
-        return loaded
-    if split not in loaded:
-        raise ValueError(
-            f"data.split={split!r} is not in data.source={spec!r}; it has {', '.join(sorted(loaded))}."
-        )
-    return loaded[split]
+def _open_shards(source: Source, max_documents: int | None, error: ValueError) -> OpenedSource:
+    """The files of a saved dataset one by one, where it cannot be loaded as a whole; `error` says why not."""
+    opened, left = OpenedSource([], []), max_documents
+    for path, shard in saved_shards(source.spec, source.split):
+        if left is not None and left <= 0:
+            break
+        if isinstance(shard, Exception):
+            opened.problems.append(Problem(str(path), "unreadable file", str(shard)))
+            continue
+        opened.rows.append(ArrowRows(shard, str(path), left))
+        left = None if left is None else left - len(shard)
+    if not opened.problems:  # it is something else
+        raise error
+    return opened

@@ -1,9 +1,11 @@
-"""Tokenised documents on disk: memory-mapped shards of tokens and one table of documents.
+"""Tokenised documents on disk: shards of tokens and one table of documents.
 
 shard-00000.bin   tokens of whole documents, one after the other, little-endian uint16 or uint32
 documents.npy     one record a document, in the order of the data (`RECORD`)
 runs.npy          int64 (runs, 2): stretches of a document that carry loss
-meta.json         what it was made of; written last
+blocks.npy        uint32 (blocks,): CRC-32 of each block of the shards, shard by shard (`shards.py`)
+meta.json         what it was made of, and CRC-32 of the three tables; written last
+damaged           what is wrong with it, where that was seen
 """
 
 from __future__ import annotations
@@ -19,8 +21,9 @@ import numpy as np
 
 from .encode import EncodedBatch
 from .rows import row_name
+from .shards import BLOCK_BYTES, DAMAGE_FILE, BlockSums, ShardFile, file_sum
 
-FORMAT = 1
+FORMAT = 2
 SHARD_BYTES = 1 << 29
 
 RECORD = np.dtype(
@@ -47,6 +50,7 @@ class StoreWriter:
         self._runs = [np.empty((0, 2), np.int64)]
         self._num_runs = 0
         self._shard_tokens: list[int] = []
+        self._sums: list[BlockSums] = []
         self._file: BinaryIO | None = None
 
     def add(self, source: int, batch: EncodedBatch) -> None:
@@ -64,7 +68,9 @@ class StoreWriter:
         records["first_run"] = self._num_runs + np.cumsum(batch.num_runs) - batch.num_runs
         records["num_runs"] = batch.num_runs
         records["digest"] = batch.digests
-        self._file.write(batch.tokens.astype(self._dtype, copy=False).tobytes())
+        data = batch.tokens.astype(self._dtype, copy=False).tobytes()
+        self._file.write(data)
+        self._sums[-1].add(data)
         self._shard_tokens[-1] += len(batch.tokens)
         self._num_runs += len(batch.runs)
         self._records.append(records)
@@ -79,13 +85,18 @@ class StoreWriter:
         self._close()
         records = np.concatenate(self._records)
         order = np.lexsort((records["row"], records["source"]))
-        np.save(self._folder / "documents.npy", records[order])
-        np.save(self._folder / "runs.npy", np.concatenate(self._runs))
+        sums = [total for shard in self._sums for total in shard.sums]
+        tables = {
+            "documents.npy": records[order],
+            "runs.npy": np.concatenate(self._runs),
+            "blocks.npy": np.array(sums, np.uint32),
+        }
         described = {
             "format": FORMAT,
             "dtype": self._dtype.str,
             "shard_tokens": self._shard_tokens,
             "num_documents": len(records),
+            "crc32": {name: self._save(name, table) for name, table in tables.items()},
             **meta,
         }
         with (self._folder / "meta.json").open("w", encoding="utf-8") as file:
@@ -93,8 +104,16 @@ class StoreWriter:
             file.flush()
             os.fsync(file.fileno())
 
+    def _save(self, name: str, table: np.ndarray) -> int:
+        with (self._folder / name).open("wb") as file:
+            np.save(file, table)
+            file.flush()
+            os.fsync(file.fileno())
+        return file_sum(self._folder / name)
+
     def _next_shard(self) -> None:
         self._close()
+        self._sums.append(BlockSums())
         self._file = (self._folder / f"shard-{len(self._shard_tokens):05d}.bin").open("wb")
         self._shard_tokens.append(0)
 
@@ -122,22 +141,21 @@ class TokenStore:
 
     @classmethod
     def open(cls, path: Path) -> TokenStore:
-        """Opens a whole store.
+        """Opens a whole store: all sizes and the tables' sums are checked, and tokens once they are read.
 
         Raises:
-            ValueError: The folder holds no store of this format, or files of it are cut short.
+            ValueError: The folder holds no store of this format, or what is in it is not what was written.
         """
         try:
             meta = json.loads((path / "meta.json").read_text(encoding="utf-8"))
-            whole = meta["format"] == FORMAT and all(
-                (path / name).stat().st_size == size for name, size in _expected_sizes(meta)
-            )
-            records = np.load(path / "documents.npy", mmap_mode="r")
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            if meta["format"] != FORMAT:
+                raise ValueError(f"it has format {meta['format']}, and this version writes {FORMAT}")
+            problem = _problem(path, meta)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{path} is no token store that can be read ({error}); delete it.") from error
-        if not whole or len(records) != meta["num_documents"]:
-            raise ValueError(f"{path} is damaged or of another version; delete it to have it made anew.")
-        return cls(path, meta, np.arange(len(records)))
+        if problem is not None:
+            raise ValueError(f"{path} is damaged: {problem}; delete it to have it made anew.")
+        return cls(path, meta, np.arange(meta["num_documents"]))
 
     def select(self, documents: np.ndarray) -> TokenStore:
         """The same store, of which only some documents are seen."""
@@ -165,11 +183,17 @@ class TokenStore:
         return totals[first + self._column("num_runs")] - totals[first]
 
     def tokens(self, i: int, start: int = 0, stop: int | None = None) -> np.ndarray:
-        """Tokens [start, stop) of document `i`, int64."""
+        """Tokens [start, stop) of document `i`, int64.
+
+        Raises:
+            DamagedTokensError: They are not on the disk as they were written.
+        """
         record = self._records[self.chosen[i]]
         start, stop = self._bounds(record, start, stop)
         shard, offset = self._shards[record["shard"]], int(record["offset"])
-        return shard[offset + start : offset + stop].astype(np.int64)
+        dtype = np.dtype(self.meta["dtype"])
+        data = shard.read((offset + start) * dtype.itemsize, (offset + stop) * dtype.itemsize)
+        return np.frombuffer(data, dtype).astype(np.int64)
 
     def loss_mask(self, i: int, start: int = 0, stop: int | None = None) -> np.ndarray:
         """Which of the tokens [start, stop) of document `i` carry loss, bool."""
@@ -188,7 +212,7 @@ class TokenStore:
         return row_name(source["style"], source["names"], int(record["row"]))
 
     def __getstate__(self) -> dict[str, Any]:
-        # Without the cached memory maps, which would be pickled as copies of the whole data.
+        # Without the cached tables, which would be pickled as copies.
         return {"path": self.path, "meta": self.meta, "chosen": self.chosen}
 
     def _bounds(self, record: np.void, start: int, stop: int | None) -> tuple[int, int]:
@@ -210,10 +234,27 @@ class TokenStore:
         return np.load(self.path / "runs.npy", mmap_mode="r")
 
     @cached_property
-    def _shards(self) -> list[np.ndarray]:
-        dtype = np.dtype(self.meta["dtype"])
-        names = [name for name, _ in _expected_sizes(self.meta)]
-        return [np.memmap(self.path / name, dtype, mode="r") for name in names]
+    def _shards(self) -> list[ShardFile]:
+        sums, first, shards = np.load(self.path / "blocks.npy"), 0, []
+        for name, size in _expected_sizes(self.meta):
+            num_blocks = -(-size // BLOCK_BYTES)
+            shards.append(ShardFile(self.path / name, size, sums[first : first + num_blocks]))
+            first += num_blocks
+        return shards
+
+
+def _problem(path: Path, meta: dict[str, Any]) -> str | None:
+    """What is wrong with a store of this format, as far as it shows without reading its tokens."""
+    if (path / DAMAGE_FILE).exists():
+        return (path / DAMAGE_FILE).read_text()
+    for name, size in _expected_sizes(meta):
+        there = (path / name).stat().st_size
+        if there != size:
+            return f"{name} has {there:,} bytes, and had {size:,}"
+    for name, total in meta["crc32"].items():
+        if file_sum(path / name) != total:
+            return f"{name} is not what was written"
+    return None
 
 
 def _expected_sizes(meta: dict[str, Any]) -> list[tuple[str, int]]:

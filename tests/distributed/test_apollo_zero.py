@@ -28,9 +28,6 @@ from longseq.apollo import Apollo, parameter_groups
 from longseq.distributed import ProcessGroups, state_files
 from longseq.distributed.engine import Engine, LocalEngine
 
-if __name__.endswith("_in_gloo"):
-    state_files.DTYPES[torch.float64] = "F64"
-
 # Six processes are started, each of which makes many engines.
 pytestmark = pytest.mark.slow
 

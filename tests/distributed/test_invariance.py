@@ -201,7 +201,7 @@ class DataParallel(Engine):
     def reset_optimizer(self) -> None:
         pass
 
-    def save(self, folder: Path) -> None:
+    def state_files(self) -> list[Any]:
         raise NotImplementedError
 
     def load(self, folder: Path) -> None:

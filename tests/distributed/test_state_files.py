@@ -13,16 +13,21 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from longseq.distributed import ProcessGroups
+from longseq.distributed.checked_file import write_file
 from longseq.distributed.engine import LocalEngine
 from longseq.distributed.state_files import (
     WEIGHT,
     Piece,
     SavedState,
+    piece_file,
     split_state,
-    write_pieces,
 )
 
 SHAPES = {"a": (7, 5), "b.weight": (3, 4, 5), "bias": (11,), "gain": ()}
+
+
+def write_pieces(path: Path, pieces: list[Piece], **options: Any) -> None:
+    write_file(path, piece_file(path.name, pieces, **options))
 
 
 def tensors_of(dtype: torch.dtype) -> dict[str, dict[str, Tensor]]:

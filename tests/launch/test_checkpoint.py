@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from tiny_run import (
     at_step,
     checkpoint_names,
     environment,
+    forget_manifest,
     kill,
     losses,
     records,
@@ -29,8 +31,10 @@ from tiny_run import (
     train_on_two,
 )
 
+from longseq.distributed.checked_file import FileRecord
 from longseq.distributed.engine import LocalEngine
-from longseq.launch import train as train_module
+from longseq.launch import background
+from longseq.launch import step as step_module
 from longseq.launch.checkpoint import newest_checkpoint, read_state
 from longseq.launch.data.dataset import Batch
 from longseq.launch.processes import sole_user
@@ -66,10 +70,16 @@ def killed_and_resumed(shop: Workshop, name: str, step: int, *overrides: str) ->
     return shop.folder / name
 
 
-@pytest.mark.parametrize("step", [4, 5, 8])
-def test_a_killed_run_ends_as_one_that_was_not(shop: Workshop, whole: Path, step: int) -> None:
-    """Bit for bit; killed at 4, 5 and 8 it goes on from 3, 3 and 6, so once across the end of an epoch."""
-    run = killed_and_resumed(shop, f"killed{step}", step, "checkpoint.every=3", *LONG)
+@pytest.mark.parametrize(("step", "background"), [(4, "false"), (5, "false"), (8, "false"), (8, "true")])
+def test_a_killed_run_ends_as_one_that_was_not(
+    shop: Workshop, whole: Path, step: int, background: str
+) -> None:
+    """Bit for bit; killed at 4, 5 and 8 it goes on from 3, 3 and 6, so once across the end of an epoch.
+
+    In the background the checkpoint of 6 may or may not be complete by then.
+    """
+    name, how = f"killed{step}{background}", f"checkpoint.background={background}"
+    run = killed_and_resumed(shop, name, step, "checkpoint.every=3", how, *LONG)
     assert_equal_runs(run, whole)
     assert [record["step"] for record in records(run, "eval")] == [2, 4, 6, 8, 9]
     assert len(records(run, "reference")) == 1
@@ -79,14 +89,14 @@ def test_a_resumed_run_takes_the_sequences_that_come_next(
     shop: Workshop, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     taken: list[tuple[int, ...]] = []
-    micro_batches = train_module.micro_batches
+    micro_batches = step_module.micro_batches
 
     def noted(*args: Any, **options: Any) -> Iterator[Batch]:
         for batch in micro_batches(*args, **options):
             taken.append(tuple(batch["input_ids"].flatten().tolist()))
             yield batch
 
-    monkeypatch.setattr(train_module, "micro_batches", noted)
+    monkeypatch.setattr(step_module, "micro_batches", noted)
     shop.run("first_half", "train.steps=2")
     shop.run("first_half", "train.steps=5")
     assert len(taken) == 10
@@ -99,7 +109,7 @@ def test_a_resumed_run_draws_the_random_numbers_that_come_next(shop: Workshop, p
     lora = (f"model.name={pretrained}", "model.config={}", "model.lora.dropout=0.3", "train.steps=5")
     straight = shop.run("dropout", *lora)
     assert losses(straight) != losses(shop.run("no_dropout", *lora, "model.lora.dropout=0"))
-    assert_equal_runs(killed_and_resumed(shop, "dropout_killed", 4, "checkpoint.every=2", *lora), straight)
+    assert_equal_runs(killed_and_resumed(shop, "dropout_killed", 5, "checkpoint.every=2", *lora), straight)
 
 
 @pytest.mark.slow
@@ -128,25 +138,28 @@ def test_sigkill(shop: Workshop) -> None:
 
 
 def test_a_kill_during_a_save_leaves_the_checkpoint_before(
-    shop: Workshop, whole: Path, monkeypatch: pytest.MonkeyPatch
+    shop: Workshop, whole: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    config = shop.config("torn", "checkpoint.every=2", *LONG)
-    save = LocalEngine.save
+    config = shop.config("torn", "checkpoint.every=2", "checkpoint.background=false", *LONG)
+    write = background.write_file
 
-    def torn(self: LocalEngine, folder: Path) -> None:
-        save(self, folder)
-        if "00000004" in str(folder):
-            (folder / "optimizer.safetensors").write_bytes(b"half")
+    def torn(path: Path, file: Any) -> FileRecord:
+        if "00000004" in str(path) and "optimizer" in path.name:
+            path.write_bytes(b"half")
             raise Killed
+        return write(path, file)
 
-    monkeypatch.setattr(LocalEngine, "save", torn)
+    monkeypatch.setattr(background, "write_file", torn)
     with pytest.raises(Killed):
         train_here(config)
     run = shop.folder / "torn"
     assert checkpoint_names(run) == [".step-00000004.partial", "step-00000002"]
-    monkeypatch.setattr(LocalEngine, "save", save)
-    train_here(config)
+    monkeypatch.setattr(background, "write_file", write)
+    with caplog.at_level(logging.WARNING, logger="longseq"):
+        train_here(config)
     assert_equal_runs(run, whole)
+    [said] = [record.getMessage() for record in caplog.records if "passed over" in record.getMessage()]
+    assert ".step-00000004.partial is passed over: its writing was cut off; the run goes on from" in said
     assert checkpoint_names(run) == ["step-00000008", "step-00000009"]
 
 
@@ -239,8 +252,9 @@ def test_what_is_no_checkpoint_is_refused(shop: Workshop, whole: Path, tmp_path:
 def test_a_rank_without_random_state_says_so(
     shop: Workshop, whole: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    first = shop.run("no_rng", "train.steps=2")
-    [file] = (first / "checkpoints" / "step-00000002" / "rng").iterdir()
+    first = shop.run("no_rng", "train.steps=2") / "checkpoints" / "step-00000002"
+    forget_manifest(first)
+    [file] = (first / "rng").iterdir()
     file.unlink()
     shop.run("no_rng", "train.steps=3")
     assert any("no random state for rank 0" in record.getMessage() for record in caplog.records)
@@ -294,11 +308,23 @@ def test_a_second_run_is_kept_out_of_the_folder(shop: Workshop) -> None:
     shop.run("alone", "train.steps=4")
 
 
-def test_a_damaged_checkpoint_is_named(shop: Workshop) -> None:
-    run = shop.run("damaged", "train.steps=2")
-    (newest_checkpoint(run) / "engine" / "model.safetensors").write_bytes(b"")
-    with pytest.raises(ValueError, match=r"step-00000002 cannot be read .* move it away"):
-        shop.run("damaged", "train.steps=4")
+def test_an_early_checkpoint_is_gone_on_from_with_a_note(
+    shop: Workshop, whole: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = shop.run("early", "train.steps=9", *LONG[1:], "checkpoint.every=5", "checkpoint.keep=9")
+    shutil.rmtree(run / "checkpoints" / "step-00000009")
+    (run / "checkpoints" / "latest").unlink()
+    forget_manifest(run / "checkpoints" / "step-00000005")
+    with caplog.at_level(logging.INFO, logger="longseq"):
+        shop.run("early", *LONG)
+    assert any("has no manifest.json" in record.getMessage() for record in caplog.records)
+    assert_equal_runs(run, whole)
+    # What cannot be read is named all the same.
+    newest = newest_checkpoint(shop.run("early_damaged", "train.steps=2"))
+    forget_manifest(newest)
+    (newest / "engine" / "model.safetensors").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"engine/model\.safetensors is no whole safetensors file"):
+        shop.run("early_damaged", "train.steps=4")
 
 
 @pytest.mark.slow

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import errno
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,7 @@ from tiny_run import Workshop, held_out_loss, losses, records
 
 from longseq import __version__
 from longseq.launch.cli import main
+from longseq.launch.doctor import EXAMINED
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +48,21 @@ def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:
             main(words)
         assert ended.value.code == 0
         assert capsys.readouterr().out.startswith(expected)
+
+
+def test_help_names_every_command_with_what_it_does(capsys: pytest.CaptureFixture[str]) -> None:
+    for words in ([], ["config"]):
+        with pytest.raises(SystemExit):
+            main([*words, "--help"])
+        assert "==SUPPRESS==" not in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    printed = capsys.readouterr().out
+    commands = [
+        line.split()[0] for line in printed.splitlines() if line.startswith("    ") and line[4] != " "
+    ]
+    usual = ["doctor", "check", "plan", "verify", "prepare", "train", "plot", "export", "config"]
+    assert [command for command in commands if command in usual] == usual
 
 
 def test_options_and_overrides_come_in_any_order(capsys: pytest.CaptureFixture[str]) -> None:
@@ -159,6 +177,120 @@ def test_words_for_a_launcher_that_is_not_started_are_an_error(
     assert "behind -- is for" in said(capsys, "train", yaml_file, "--", "--no_ssh", status=2)
     with pytest.raises(SystemExit):
         main(["prepare", yaml_file, "--", "--no_ssh"])
+
+
+@pytest.fixture
+def told(monkeypatch: pytest.MonkeyPatch) -> list:
+    """What the commands handed on, instead of doing it."""
+    heard: list = []
+    names = (
+        "check.command.check",
+        "verify.command.verify",
+        "restarts.supervise",
+        "doctor.doctor",
+        "doctor.examine",
+    )
+    for name in names:
+
+        def stand_in(*args: object, name: str = name, **kwargs: object) -> int:
+            heard.append((name, args, kwargs))
+            return 0
+
+        monkeypatch.setattr(f"longseq.launch.{name}", stand_in)
+    return heard
+
+
+def test_check_and_verify_are_given_config_and_overrides(told: list) -> None:
+    assert main(["check", "tiny-cpu", "train.steps=3"]) == 0
+    assert main(["verify", "tiny-cpu", "--json", "train.steps=3"]) == 0
+    assert told == [
+        ("check.command.check", ("tiny-cpu", ["train.steps=3"]), {}),
+        ("verify.command.verify", ("tiny-cpu", ["train.steps=3"]), {"as_json": True}),
+    ]
+
+
+def test_a_doctor_looks_at_the_machine_alone_or_with_a_config(
+    told: list, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv(EXAMINED, "")
+    assert main(["doctor"]) == 0
+    assert told == [("doctor.doctor", (), {})]
+    told.clear()
+    assert main(["doctor", "--num-gpus", "1", "tiny-cpu", "train.steps=30"]) == 0
+    assert [name for name, *_ in told] == ["doctor.doctor", "doctor.examine"]
+    for _, [config], _ in told:
+        assert config.train.steps == 30
+        assert config.parallel.num_gpus == 1
+    assert "need a CONFIG" in said(capsys, "doctor", "--num-gpus", "2", status=2)
+
+
+def test_several_processes_are_started_to_be_compared(told: list, monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[tuple] = []
+
+    def launch(config: str, overrides: list[str], **how: object) -> int:
+        started.append((config, overrides, how["command"], how["num_gpus"], os.environ[EXAMINED]))
+        return 7
+
+    monkeypatch.setenv(EXAMINED, "")
+    monkeypatch.setattr("longseq.launch.launcher.launch", launch)
+    assert main(["doctor", "tiny-cpu", "parallel.ulysses_degree=2"]) == 7
+    assert [name for name, *_ in told] == ["doctor.doctor"]
+    assert started == [("tiny-cpu", ["parallel.ulysses_degree=2"], "doctor", 2, "1")]
+
+
+def test_processes_are_not_compared_on_a_machine_with_errors(
+    told: list, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("longseq.launch.doctor.doctor", lambda config: 1)
+    assert main(["doctor", "tiny-cpu"]) == 1
+    assert not told
+    assert "once these errors are gone" in capsys.readouterr().out
+
+
+def test_processes_of_a_launcher_look_at_their_machines_themselves(
+    told: list, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0")):
+        monkeypatch.setenv(name, value)
+    assert main(["doctor", "tiny-cpu"]) == 0
+    assert [name for name, *_ in told] == ["doctor.examine"]
+
+
+def test_a_supervised_run_is_the_same_command_without_the_supervisor(
+    shop: Workshop, told: list, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = str(shop.yaml("supervised"))
+    words = ["--traceback", "train", config, "train.steps=3", "--num-gpus", "1", "--max-restarts", "4"]
+    assert main([*words, "--", "--no_ssh"]) == 0
+    rebuilt = ["--traceback", "train", config, "train.steps=3", "--num-gpus", "1", "--", "--no_ssh"]
+    assert told == [("restarts.supervise", (rebuilt, shop.folder / "supervised", 4), {})]
+    assert "must be 0 or more" in said(capsys, "train", config, "--max-restarts", "-1", status=2)
+    assert "train.steps='x'" in said(
+        capsys, "train", config, "--max-restarts", "1", "train.steps=x", status=2
+    )
+
+
+def test_a_full_disk_has_a_status_of_its_own(
+    shop: Workshop, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*args: object, **kwargs: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("longseq.launch.data.prepare.prepare", full)
+    assert "No space left" in said(capsys, "prepare", str(shop.yaml("full")), status=4)
+
+
+def test_adapters_are_exported_as_asked(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    def export(checkpoint: Path, out: Path, *, dtype: str | None, overwrite: bool, adapters: str) -> Path:
+        asked.append(adapters)
+        return out
+
+    monkeypatch.setattr("longseq.launch.export.export_checkpoint", export)
+    main(["export", str(run), str(tmp_path / "out")])
+    main(["export", str(run), str(tmp_path / "out"), "--adapters", "apart"])
+    assert asked == ["merge", "apart"]
 
 
 def test_a_hostfile_that_is_not_there_is_an_error(shop: Workshop, capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from longseq.launch import config_docs
 from longseq.launch.config import RunConfig
+from longseq.launch.config_docs import BEGIN, END, with_key_tables
 from longseq.launch.config_errors import ConfigError, describe, schema_keys, section_of, suggest
 from longseq.launch.config_file import check_world, list_presets, load_config, parse_config, schema_json
 from longseq.launch.config_rules import RULES, ParallelPlan
@@ -71,7 +73,7 @@ def test_sections_are_frozen():
         ("optimizer", "clip_norm", -1, "optimizer.clip_norm=-1 must be a number (above 0) or null."),
         ("train", "steps", 0, "train.steps=0 must be a whole number (1 or above; 2k is 2,000) or null."),
         ("train", "epochs", True, "train.epochs=true must be"),
-        ("parallel", "zero_stage", True, "parallel.zero_stage=true must be 0, 1, 2 or 3."),
+        ("parallel", "zero_stage", True, "parallel.zero_stage=true must be 0, 1, 2, 3 or auto"),
         ("schedule", "name", "cosin", "must be cosine, linear or constant; did you mean cosine?"),
         ("sequence", "checkpoints", False, "YAML reads yes, no, on and off as true and false"),
         ("log", "run_dir", 2026, "log.run_dir=2026 must be text; put it in quotes."),
@@ -269,6 +271,11 @@ def test_a_rule_is_silent_about_a_key_whose_value_is_not_known(slip):
             ),
             "optimizer.in_backward=true updates a weight before other processes' gradients",
         ),
+        (
+            run(optimizer={"in_backward": True}, train={**ONE_BATCH, "on_nonfinite": "skip"}),
+            "optimizer.in_backward=true weights are updated before that is known; set "
+            "train.on_nonfinite=stop",
+        ),
     ],
 )
 def test_keys_that_disagree_are_one_error_with_a_way_out(values, line):
@@ -356,8 +363,9 @@ def test_every_key_can_be_described():
 
 def test_the_json_schema_takes_what_people_write():
     sections = json.loads(schema_json())["$defs"]
-    kinds = [branch["type"] for branch in sections["SequenceConfig"]["properties"]["length"]["anyOf"]]
-    assert kinds == ["integer", "string"]
+    length = sections["SequenceConfig"]["properties"]["length"]["anyOf"]
+    assert [branch["type"] for branch in length] == ["integer", "string", "string"]
+    assert length[-1]["const"] == "max"
     assert sections["OptimizerConfig"]["properties"]["lr"]["exclusiveMinimum"] == 0
     assert sections["SequenceConfig"]["additionalProperties"] is False
 
@@ -371,21 +379,33 @@ def test_reading_a_config_imports_nothing_heavy():
     assert done.stdout.strip() == "[]"
 
 
-def test_the_documentation_lists_every_key_and_its_default():
-    def default_of(field):
-        default = field.get_default(call_default_factory=True)
-        if isinstance(default, tuple):
-            return f"[{', '.join(map(str, default))}]"
-        return str(default).lower() if isinstance(default, bool) else str(default).replace("None", "null")
-
-    rows = re.findall(r"^\| `([a-z_]+\.[a-z_.]+)` \| `(.*?)` \|", DOC.read_text("utf-8"), re.MULTILINE)
-    keys = {
-        key: default_of(field)
+def test_the_documentations_tables_are_those_of_the_schema():
+    page = DOC.read_text("utf-8")
+    assert page == with_key_tables(page), (
+        "write the tables anew: python -m longseq.launch.config_docs docs/configuration.md"
+    )
+    shown = re.findall(r"^\| `([a-z_]+\.[a-z_.]+)` \|", page, re.MULTILINE)
+    # A section that is always there is its keys.
+    assert shown == [
+        key
         for key, field in schema_keys().items()
-        # A section that is always there is its keys.
         if "." in key and not (section_of(field) and field.default_factory)
-    }
-    assert dict(rows) == keys, "bring the tables of docs/configuration.md in line with the schema"
+    ]
+
+
+def test_the_tables_are_written_between_their_markers(tmp_path, capsys):
+    page = tmp_path / "page.md"
+    page.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
+    assert config_docs.main([str(page)]) == 0
+    text = page.read_text()
+    assert text.startswith(f"before\n{BEGIN}\n")
+    assert text.endswith(f"{END}\nafter\n")
+    assert "| `train.steps` | `null` |" in text
+    assert "\nold\n" not in text
+    page.write_text("a page of something else\n")
+    assert config_docs.main([str(page)]) == 2
+    assert END in capsys.readouterr().err
+    assert page.read_text() == "a page of something else\n"
 
 
 def test_the_documentation_lists_every_preset():

@@ -56,6 +56,11 @@ def test_what_is_not_known_is_left_out():
     assert line == "step 12/200 | loss 2.3456 | lr 1.0e-03 | 12.3k tok/s | 0.00123 TFLOP/s | 3.21 GiB"
 
 
+def test_steps_that_were_skipped_are_counted():
+    line = format_step(dataclasses.replace(METRICS, loss=float("nan"), grad_norm=None, nonfinite_steps=3))
+    assert line.startswith("step 12/200 | loss nan | 3 skipped so far | lr 1.0e-03 | 12.3k tok/s")
+
+
 def test_the_last_step_has_no_time_left():
     assert "ETA" not in format_step(dataclasses.replace(METRICS, eta_s=0.0))
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_run import Workshop, environment, held_out_loss, records, weights
+from tiny_run import Workshop, environment, forget_manifest, held_out_loss, records, weights
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from longseq.launch import export as export_module
@@ -147,6 +147,7 @@ def test_weights_of_another_model_are_refused(
     shop: Workshop, tmp_path: Path, layers: int, message: str
 ) -> None:
     checkpoint = newest_checkpoint(shop.run(f"layers{layers}", "train.steps=1"))
+    forget_manifest(checkpoint)
     config = json.loads((checkpoint / "hf" / "config.json").read_text())
     (checkpoint / "hf" / "config.json").write_text(json.dumps({**config, "num_hidden_layers": layers}))
     with pytest.raises(ValueError, match=message):
@@ -184,5 +185,10 @@ def test_a_checkpoint_that_has_lost_a_file_is_refused(tied: Path, tmp_path: Path
     checkpoint = tmp_path / "step-00000004"
     shutil.copytree(newest_checkpoint(tied), checkpoint)
     (checkpoint / "engine" / "model.safetensors").unlink()
+    with pytest.raises(
+        ValueError, match=r"damaged: engine/model\.safetensors is missing.* Nothing is written"
+    ):
+        export_checkpoint(checkpoint, tmp_path / "model")
+    forget_manifest(checkpoint)
     with pytest.raises(ValueError, match=r"holds no weight model\..* 2 files and 1 are there"):
         export_checkpoint(checkpoint, tmp_path / "model")

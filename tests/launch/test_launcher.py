@@ -20,7 +20,8 @@ from longseq.launch.config_file import parse_config
 from longseq.launch.hostfile import chosen_slots, quote_for_pdsh
 from longseq.launch.launcher import launch, num_processes
 from longseq.launch.nodes import ask_to_stop, first_host, meet
-from longseq.launch.processes import StopRequest, free_port, is_launched, local_gpu
+from longseq.launch.processes import free_port, is_launched, local_gpu
+from longseq.launch.requests import Requests
 
 CLI = [sys.executable, "-m", "longseq.launch.cli"]
 HANG_S = 300
@@ -196,7 +197,7 @@ def test_nodes_meet_and_are_asked_at_the_first_that_takes_part(
     launch("a.yaml", [], num_gpus=4, hostfile=hosts, launcher_args=[*words, "0"])
     assert recorded.command[recorded.command.index("--master_addr") + 1] == "two"
     assert asked == [("two", 29500), None]
-    with pytest.raises(ValueError, match="from 0 to 0; it is 1"):
+    with pytest.raises(ValueError, match="it is 1; give a number from 0 to 0"):
         launch("a.yaml", [], num_gpus=4, hostfile=hosts, launcher_args=[*words, "1"])
 
 
@@ -222,17 +223,17 @@ def test_words_reach_another_node_as_they_were_typed(word: str) -> None:
         assert done.stdout == typed
 
 
-def test_a_run_is_asked_to_stop_only_while_it_looks() -> None:
+def test_a_run_is_asked_to_stop_only_while_it_looks(tmp_path: Path) -> None:
     port = free_port()
     store = dist.TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)
     dist.init_process_group("gloo", store=store, rank=0, world_size=1)
     try:
         assert not ask_to_stop("127.0.0.1", port, "SIGTERM")  # it prepares data
-        stop = StopRequest()
-        assert stop.asked_by is None
+        requests = Requests(tmp_path, is_main=True)
+        assert requests.stop_asked_by is None
         assert ask_to_stop("127.0.0.1", port, "SIGTERM")
-        assert stop.asked_by == "SIGTERM"
-        stop.restore()
+        assert requests.stop_asked_by == "SIGTERM"
+        requests.close()
         assert not ask_to_stop("127.0.0.1", port, "SIGTERM")  # it exports the model
     finally:
         dist.destroy_process_group()

@@ -13,6 +13,7 @@ import types
 import pytest
 
 from longseq.launch.config import LogConfig
+from longseq.launch.metric_sinks import scalars
 from longseq.launch.metrics import EtaEstimate, MetricsWriter, StepMetrics, peak_memory_gib, read_metrics
 
 PLAIN = LogConfig(tensorboard=False)
@@ -76,6 +77,13 @@ def test_not_a_number_is_null(tmp_path):
     (line,) = strict_lines(tmp_path / "metrics.jsonl")
     assert line["loss"] is None
     assert line["grad_norm"] is None
+
+
+def test_a_skipped_step_has_no_point_in_the_trackers_curves():
+    points = scalars(dataclasses.replace(METRICS, loss=float("nan"), grad_norm=None, nonfinite_steps=1))
+    assert "train/loss" not in points
+    assert points["train/nonfinite_steps"] == 1
+    assert "train/nonfinite_steps" not in scalars(METRICS)
 
 
 def test_a_killed_process_keeps_its_lines(tmp_path):

@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import signal
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -22,7 +25,9 @@ from tiny_run import (
 )
 
 from longseq.distributed.engine import LocalEngine
+from longseq.launch import background, checkpoint
 from longseq.launch import setup as run_setup
+from longseq.launch.checkpoint import SaveError
 from longseq.launch.config_file import load_config
 from longseq.launch.train import TrainingError
 
@@ -135,6 +140,107 @@ def test_a_signal_saves_stops_and_the_run_goes_on(shop: Workshop, plain: Path, n
     assert [signal.getsignal(one) for one in (signal.SIGTERM, signal.SIGUSR1)] == handlers
     assert train_here(config).step == 4
     assert_equal_runs(run, plain)
+
+
+def test_a_file_saves_and_another_stops(shop: Workshop, plain: Path) -> None:
+    run = shop.folder / "files"
+    config = shop.config("files", "checkpoint.keep=9")
+    with at_step(1, (run / "SAVE").touch), at_step(2, (run / "STOP").touch):
+        assert train_here(config).step == 3
+    assert checkpoint_names(run) == ["step-00000002", "step-00000003"]
+    assert f"stopped by {run / 'STOP'}; saved step 3 of 4" == records(run, "note")[0]["text"]
+    assert [path.name for path in run.iterdir() if path.name in ("SAVE", "STOP")] == []
+    # Asked in the last step, it is over as it is; nothing waits for whoever goes on with more steps.
+    with at_step(4, (run / "STOP").touch):
+        assert train_here(config).step == 4
+    assert not (run / "STOP").exists()
+    assert_equal_runs(run, plain)
+
+
+class SlowWriting:
+    """Writing that lasts until it is let go, and may fail then."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, error: str | None = None) -> None:
+        self.go_on = threading.Event()
+        original = background.write_file
+
+        def write_file(path: Path, *args: object, **kwargs: object) -> object:
+            if threading.current_thread() is not threading.main_thread():
+                assert self.go_on.wait(60)
+                if error is not None:
+                    raise OSError(errno.ENOSPC, error)
+            return original(path, *args, **kwargs)
+
+        monkeypatch.setattr(background, "write_file", write_file)
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(
+    shop: Workshop, plain: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is there a step after its writing ended, as it was when it was taken."""
+    run, writing, seen = shop.folder / "background", SlowWriting(monkeypatch), {}
+
+    def look(step: int) -> None:
+        seen[step] = list((run / "checkpoints").glob("step-*"))
+
+    with (
+        at_step(4, lambda: (look(4), writing.go_on.set(), time.sleep(0.5))),
+        at_step(6, lambda: look(6)),
+    ):
+        shop.run("background", "train.steps=6", "checkpoint.every=3", "checkpoint.keep=9")
+    assert seen[4] == []
+    assert [path.name for path in seen[6]] == ["step-00000003"]
+    assert checkpoint_names(run) == ["step-00000003", "step-00000006"]
+    halves = shop.run("background-halves", "train.steps=3")
+    saved = load_file(run / "checkpoints" / "step-00000003" / "engine" / "model.safetensors")
+    assert all(torch.equal(saved[name], tensor) for name, tensor in weights(halves).items())
+
+
+def test_a_background_save_that_fails_is_said_and_the_run_goes_on(
+    shop: Workshop, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    writing = SlowWriting(monkeypatch, "no space")
+    writing.go_on.set()
+    run = shop.run("full", "checkpoint.every=1")
+    assert checkpoint_names(run) == ["step-00000004"]  # the last, for which the run waits
+    said = [record.getMessage() for record in caplog.records if record.levelno == logging.ERROR]
+    assert said
+    assert all("was not saved" in text and "no space" in text for text in said)
+
+
+def test_a_save_that_cannot_begin_is_said_and_the_run_goes_on(
+    shop: Workshop, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    original = checkpoint.make_draft
+
+    def make_draft(draft: Path) -> None:
+        if "step-00000002" in draft.name:
+            raise OSError(errno.EIO, "Input/output error")
+        original(draft)
+
+    monkeypatch.setattr(checkpoint, "make_draft", make_draft)
+    run = shop.run("unwritable", "checkpoint.every=2")
+    assert checkpoint_names(run) == ["step-00000004"]
+    assert "the checkpoint of step 2 was not saved" in caplog.text
+    # The last one fails the run: nothing else would show it.
+    monkeypatch.setattr(checkpoint, "make_draft", lambda draft: make_draft(draft.with_name("step-00000002")))
+    with pytest.raises(SaveError, match="Input/output error"):
+        shop.run("unwritable-at-the-end")
+
+
+def test_what_ends_a_run_does_not_take_the_checkpoint_with_it(
+    shop: Workshop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where memory runs out while the one before is still being written."""
+    writing = SlowWriting(monkeypatch)
+
+    def fail() -> None:
+        threading.Timer(0.3, writing.go_on.set).start()
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with at_step(3, fail), pytest.raises(torch.OutOfMemoryError):
+        shop.run("ended", "checkpoint.every=2")
+    assert checkpoint_names(shop.folder / "ended") == ["step-00000002"]
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_update(shop: Workshop) -> None:

@@ -110,8 +110,11 @@ class _Memory:
 def test_a_rank_has_its_share(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(placement.psutil, "virtual_memory", _Memory)
     monkeypatch.setattr(placement, "_cgroup_free", lambda *_: [])
-    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE"):
+        monkeypatch.delenv(name, raising=False)
     assert available_host_bytes(0.5) == 50 * GIB
+    monkeypatch.setenv("LOCAL_SIZE", "4")  # as DeepSpeed's launcher says it
+    assert available_host_bytes(1.0) == 25 * GIB
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
     assert available_host_bytes(1.0) == 100 * GIB // 8
     monkeypatch.setattr(placement, "_cgroup_free", lambda *_: [8 * GIB, 16 * GIB])

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import errno
 import gzip
 import json
 import os
+import struct
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -299,3 +301,66 @@ def test_sizes_cover_the_file(here: Path, scratch: Path) -> None:
     [rows] = open_source(source, None, scratch).rows
     assert rows.sizes.sum() == os.path.getsize("a.jsonl") - 3
     assert np.argmax(rows.sizes) == 1
+
+
+def test_text_that_is_not_utf8_in_a_table_is_one_row(here: Path, scratch: Path) -> None:
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    values = [b"a", b"caf\xe9", "caf\u00e9".encode()]
+    column = pa.Array.from_buffers(pa.string(), 3, pa.array(values, pa.binary()).buffers())
+    parquet.write_table(pa.table({"text": column}), "a.parquet")
+    [first, problem, last], _ = read("a.parquet", scratch)
+    assert texts([first, last]) == ["a", "caf\u00e9"]
+    assert (problem.where, problem.reason) == ("a.parquet row 1", "not UTF-8")
+
+
+def test_a_wrong_offset_in_a_saved_dataset_leads_nowhere(here: Path, scratch: Path) -> None:
+    datasets.Dataset.from_dict({"text": [f"document {i}" for i in range(600)]}).save_to_disk("saved")
+    [shard] = (here / "saved").glob("*.arrow")
+    raw = bytearray(shard.read_bytes())
+    offset = 10 * 10 + 90 * 11 + 200 * 12  # of row 300
+    at = raw.index(struct.pack("<2i", offset, offset + 12))
+    raw[at : at + 4] = b"\xff\xff\xff\x7f"
+    shard.write_bytes(bytes(raw))
+    found, _ = read("saved", scratch)
+    problems = [row for row in found if not isinstance(row, Document)]
+    assert len(found) == 600
+    # It ends one row and begins the next.
+    assert [problem.where for problem in problems] == ["saved[train] row 299", "saved[train] row 300"]
+    assert {problem.reason for problem in problems} == {"unreadable row"}
+
+
+@pytest.mark.parametrize("harm", ["cut", "gone"])
+def test_a_damaged_shard_of_a_saved_dataset_is_one_problem(here: Path, scratch: Path, harm: str) -> None:
+    datasets.Dataset.from_dict({"text": list("abcd")}).save_to_disk("saved", num_shards=2)
+    shard = here / "saved" / "data-00001-of-00002.arrow"
+    if harm == "cut":
+        shard.write_bytes(shard.read_bytes()[:-200])
+    else:
+        shard.unlink()
+    found, [problem] = read("saved", scratch)
+    assert texts(found) == ["a", "b"]
+    assert (problem.where, problem.reason) == (str(Path("saved", shard.name)), "unreadable file")
+
+
+def test_a_damaged_file_in_a_folder_of_tables_is_named(here: Path, scratch: Path) -> None:
+    (here / "tables").mkdir()
+    (here / "tables" / "a.jsonl").write_text('{"text": "a"}\n')
+    (here / "tables" / "b.jsonl").write_text('{"text": "b"}\n{"text": "b\n')
+    with pytest.raises(ValueError, match=r"not all of its files can be read:\n  .*b\.jsonl:2: invalid JSON"):
+        read("tables", scratch)
+
+
+def test_no_room_for_an_unpacked_copy_says_nothing_of_the_file(
+    here: Path, scratch: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else data.on_error=skip would leave a good file out."""
+    (here / "a.jsonl.gz").write_bytes(gzip.compress(b'{"text": "a"}\n'))
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("longseq.launch.data.sources.shutil.copyfileobj", full)
+    with pytest.raises(OSError, match="No space"):
+        read("a.jsonl.gz", scratch)

@@ -1,0 +1,1 @@
+"""`longseq check`: what a run would read and learn, before anything is computed."""

@@ -1,0 +1,171 @@
+"""A streamed layer's moments, beside what is really alive on a CPU when its kernels are called."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from memory_samples import GPU, HOST, NOTHING, LiveBytes, measured_knobs
+
+from longseq.distributed import attention as attention_module
+from longseq.launch.config_file import parse_config
+from longseq.launch.planner.memory_plain import PlainLayers
+from longseq.launch.planner.memory_sizes import Sizes, kernel_workspace
+from longseq.launch.planner.memory_step import TOKEN_BYTES, Step
+from longseq.launch.planner.memory_streamed import ATTENTION, MLP, StreamedLayers
+from longseq.launch.planner.workload import Workload
+from longseq.mst import apply_mini_sequence, mlp_half
+from longseq.mst.layer_memory import SavedAttention
+from longseq.mst.placement import Placement
+
+TOKENS, NUM_LAYERS = 1024, 3
+NEAR = 0.02
+FIELDS = {
+    "hidden_size": 64,
+    "intermediate_size": 160,
+    "num_hidden_layers": NUM_LAYERS,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "vocab_size": 64,
+}
+SAVED = {
+    False: NOTHING,
+    "gpu": SavedAttention(gpu_layers=NUM_LAYERS),
+    "host": SavedAttention(host=True),
+    "all": SavedAttention(gpu_layers=NUM_LAYERS, everything=True),
+}
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "one group": ("llama", {"head_groups": 1}),
+    "two groups": ("llama", {"head_groups": 2}),
+    "four groups": ("llama", {"head_groups": 4}),
+    "inputs on the host": ("llama", {"head_groups": 2, "checkpoints": HOST}),
+    "every second input": ("llama", {"head_groups": 2, "checkpoints": Placement(gpu_layers=0, every=2)}),
+    "output saved": ("llama", {"head_groups": 2, "save_attention": "gpu"}),
+    "output saved, four groups": ("llama", {"head_groups": 4, "save_attention": "gpu"}),
+    "output on the host": ("llama", {"head_groups": 4, "save_attention": "host", "checkpoints": HOST}),
+    "all saved": ("llama", {"head_groups": 2, "save_attention": "all"}),
+    "norms of heads": ("qwen3", {"head_groups": 2}),
+    "fused maps": ("phi3", {"head_groups": 2}),
+    "norms around": ("gemma2", {"head_groups": 2}),
+    "norms over all heads": ("olmo2", {"head_groups": 2}),
+}
+
+
+def fields_of(family: str) -> dict[str, Any]:
+    own = {
+        "qwen3": {"head_dim": 8},
+        "phi3": {"pad_token_id": 0},
+        "olmo2": {"eos_token_id": 1},
+        "gemma2": {"head_dim": 8, "attn_logit_softcapping": None, "sliding_window": 2 * TOKENS},
+    }
+    return FIELDS | own.get(family, {})
+
+
+def watched_backward(
+    family: str, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
+) -> dict[str, list[int]]:
+    """Bytes alive in backward, beside the weights, as each attention and each MLP kernel is entered."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    architecture = AutoConfig.for_model(family, **fields_of(family))
+    model = AutoModelForCausalLM.from_config(architecture, attn_implementation="eager").train()
+    apply_mini_sequence(model, tile_tokens=TOKENS // 4, attention_kernel="cpu", **options)
+    live = LiveBytes([*model.parameters(), *model.buffers()])
+    found: dict[str, list[int]] = {ATTENTION: [], MLP: []}
+
+    def watched(name: str, function: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            found[name].append(live.now)
+            return function(*args, **kwargs)
+
+        return call
+
+    kernel = attention_module.KERNELS["cpu"]
+    stand_in = kernel._replace(backward=watched(ATTENTION, kernel.backward))
+    monkeypatch.setitem(attention_module.KERNELS, "cpu", stand_in)
+    own = mlp_half.gated_activation_backward_
+    monkeypatch.setattr(mlp_half, "gated_activation_backward_", watched(MLP, own))
+    ids = torch.arange(TOKENS)[None] % FIELDS["vocab_size"]
+    with live:
+        model.model(input_ids=ids).last_hidden_state.sum().backward()
+    return found
+
+
+def estimated(family: str, options: dict[str, Any]) -> dict[str, list[int]]:
+    """The same of each layer, from the last to the first, at the most of its calls."""
+    values = {
+        "model": {"config": {"model_type": family, **fields_of(family)}},
+        "data": {"tokenizer": "bytes"},
+        "train": {"precision": "float32"},
+    }
+    work = Workload.from_config(parse_config(values))
+    work = replace(work, adapts_groups=False, layer=replace(work.layer, kernel="cpu"))
+    knobs = measured_knobs(
+        work,
+        TOKENS,
+        head_groups=options["head_groups"],
+        inputs=options.get("checkpoints", GPU),
+        attention=SAVED[options.get("save_attention", False)],
+        tile_tokens=TOKENS // 4,
+    )
+    step, sizes = Step(work, knobs, "none"), Sizes.of(work, knobs)
+    groups = knobs.head_groups
+    # Not there yet when a kernel is entered: its own sums, and the gradients that it gives.
+    to_come = kernel_workspace("cpu", sizes, groups, 2, 4) + sizes.heads // groups
+    # No LM head is run, nor a cuBLAS; of the final norm there is a gradient.
+    # The head is not run, nor has the decoder labels and what is made of them.
+    not_run = work.numel("head") * 4 + (TOKEN_BYTES - 8) * TOKENS
+    found: dict[str, list[int]] = {ATTENTION: [], MLP: []}
+    for moment in StreamedLayers(step).moments():
+        if moment.name in found:
+            batch = dict(step.throughout(moment))["batch and rotary embedding"]
+            total = batch + sum(size for _, size in moment.parts) - not_run
+            found[moment.name].append(total - (to_come if moment.name == ATTENTION else 0))
+    return found
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_layers_backward_holds_what_the_plan_says(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    family, options = CASES[case]
+    plan = estimated(family, options)
+    alive = watched_backward(family, monkeypatch, options)
+    for name, of_layers in plan.items():
+        calls = len(alive[name]) // NUM_LAYERS
+        of_calls = [max(alive[name][start : start + calls]) for start in range(0, len(alive[name]), calls)]
+        assert of_calls == pytest.approx(of_layers, rel=NEAR), name
+
+
+@pytest.mark.parametrize("tile_tokens", [None, TOKENS // 4])
+@pytest.mark.parametrize("numbers", ["float32", "bf16 autocast", "bf16"])
+def test_layers_that_are_not_streamed_keep_what_the_plan_says(numbers: str, tile_tokens: int | None) -> None:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from longseq.distributed import ProcessGroups, apply_ulysses
+
+    values = {
+        "model": {"config": {"model_type": "llama", **FIELDS}},
+        "data": {"tokenizer": "bytes"},
+        "train": {"precision": "float32" if numbers == "float32" else "bf16"},
+        "optimizer": {"name": "apollo-mini", "weights": "bf16"} if numbers == "bf16" else {},
+    }
+    work = Workload.from_config(parse_config(values))
+    knobs = measured_knobs(work, TOKENS, stream=False, head_groups=1, tile_tokens=tile_tokens)
+    step = Step(work, knobs, "none")
+    batch = dict(step.throughout(next(PlainLayers(step).moments())))["batch and rotary embedding"]
+    kept = sum(size for _, size in PlainLayers(step).kept_by_all)
+    # What comes in, and the normalised output that the head would take.
+    kept += batch - (TOKEN_BYTES - 8) * TOKENS + 2 * step.sizes.hidden
+
+    dtype = torch.bfloat16 if numbers == "bf16" else torch.float32
+    architecture = AutoConfig.for_model("llama", **FIELDS)
+    model = AutoModelForCausalLM.from_config(architecture, dtype=dtype, attn_implementation="eager").train()
+    apply_ulysses(model, ProcessGroups())
+    apply_mini_sequence(model, tile_tokens=tile_tokens, checkpoints="none")
+    live = LiveBytes([*model.parameters(), *model.buffers()])
+    ids = torch.arange(TOKENS)[None] % FIELDS["vocab_size"]
+    with live, torch.autocast("cpu", torch.bfloat16, enabled=numbers == "bf16 autocast"):
+        hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state
+    assert hidden.requires_grad
+    assert live.now == pytest.approx(kept, rel=0.03)
