@@ -8,8 +8,9 @@ PYTHON ?= python3
 VENV ?= .venv
 CONFIG ?= tiny-cpu
 ARGS ?=
-# Two workers: most of a test is starting processes and importing. `PYTEST_ARGS=-n0` runs one by one.
-PYTEST_ARGS ?= -n 2 --dist loadfile
+# Three workers are right for two cores: tests of several processes wait for each other half of their time.
+# `PYTEST_ARGS=-n0` runs one by one.
+PYTEST_ARGS ?= -n 3 --dist loadfile
 
 ifeq ($(strip $(VENV)),)
 BIN :=
