@@ -439,6 +439,8 @@ def test_a_signal_to_the_command_saves_and_stops_all(shop: Workshop, number: int
     assert f"stopped by {name}" in records(run, "note")[0]["text"]
     stopped = read_state(newest_checkpoint(run)).step
     assert stopped == len(losses(run)) >= 2
+    if number == signal.SIGUSR1:
+        return  # what was saved is no other
     # One process goes on where two have stopped: without ZeRO a checkpoint does not know of either.
     longer = f"train.steps={stopped + 2}"
     resumed = shop.run(name, longer)
