@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+from typing import Any
+
 import pytest
 import torch
 from numerics import relative_error
@@ -90,15 +93,24 @@ def check_report(report: Tensor, alive: Tensor, dropped: float, problem: Problem
     assert report[3] == (problem.tokens.labels != IGNORED).sum()
 
 
-@pytest.mark.parametrize("options", [{}, {"bias": True, "rank": 8, "softcap": 30.0}], ids=["plain", "all"])
-def test_filter(options: dict, device: str) -> None:
+OPTIONS = {"plain": {}, "all": {"bias": True, "rank": 8, "softcap": 30.0}}
+
+
+@functools.cache
+def filtered(kind: str, device: str) -> tuple[Problem, Any]:
+    """A problem and what the kernels make of it: once for all tests, for the interpreter is slow."""
+    problem = grouped(device, **OPTIONS[kind])
+    return problem, exact(problem, chunk=2 * TILE, z_loss=Z_LOSS, filter_eps=EPS)
+
+
+@pytest.mark.parametrize("kind", OPTIONS)
+def test_filter(kind: str, device: str) -> None:
     """Exactly the tiles without a probability of `eps` are left out; labels and the rest are exact."""
-    problem = grouped(device, **options)
+    problem, found = filtered(kind, device)
     alive, mask, dropped = mask_of(problem)
     expected = GROUPS.to(device, torch.bool)
     expected[1, 4] = True
     assert torch.equal(alive, expected)
-    found = exact(problem, chunk=2 * TILE, z_loss=Z_LOSS, filter_eps=EPS)
     check_report(found.report, alive, dropped, problem)
     loss, whole = exact_truth(problem, Z_LOSS)
     _, truth = exact_truth(problem, Z_LOSS, mask)
@@ -134,13 +146,12 @@ def test_filter_with_words_in_order(device: str, monkeypatch: pytest.MonkeyPatch
     assert_gradients(found.gradients, truth._replace(**of_words), needs_of(problem))
 
 
-@pytest.mark.parametrize("options", [{}, {"bias": True, "rank": 8, "softcap": 30.0}], ids=["plain", "all"])
-def test_the_portable_filter_tells_and_keeps_the_same(options: dict, device: str) -> None:
+@pytest.mark.parametrize("kind", OPTIONS)
+def test_the_portable_filter_tells_and_keeps_the_same(kind: str, device: str) -> None:
     """A FilterReport and its threshold mean the same wherever a call runs, while words are in id order."""
-    problem = grouped(device, **options)
+    problem, ours = filtered(kind, device)
     needs = needs_of(problem)
     assert len(problem.tokens.labels) < fused.SORT_FROM_TOKENS
-    ours = exact(problem, chunk=2 * TILE, z_loss=Z_LOSS, filter_eps=EPS)
     assert ours.words is None
     loss, gradients, sums = portable.exact_loss(
         *problem, label_smoothing=0.0, z_loss=Z_LOSS, needs=needs, memory_mib=None, filter_eps=EPS
