@@ -13,6 +13,14 @@ from dataclasses import dataclass
 from .config import RunConfig, SequenceConfig
 from .config_errors import ConfigError, listed, shown
 from .deepspeed_json import RunFacts, contradictions, read_json
+from .optimizer_rules import (
+    apollo_is_used,
+    final_ratio_is_used,
+    in_backward_has_one_gradient,
+    skipped_steps_are_undone,
+    warmup_ends,
+    weights_are_kept,
+)
 
 _SHAPES = (
     "hidden_size",
@@ -349,97 +357,6 @@ def _deepspeed_config_agrees(config: RunConfig, world_size: int | None) -> Itera
     )
 
 
-def _apollo_is_used(config: RunConfig, world_size: int | None) -> Iterator[str]:
-    optimizer = config.optimizer
-    if optimizer.name == "adamw":
-        defaults = type(optimizer.apollo)()
-        keys = type(defaults).model_fields
-        given = [key for key in keys if getattr(optimizer.apollo, key) != getattr(defaults, key)]
-        if given:
-            verb, them = ("has", "it") if len(given) == 1 else ("have", "them")
-            yield (
-                f"{listed([f'optimizer.apollo.{key}' for key in given], last='and')} {verb} no effect with "
-                f"optimizer.name='adamw'; remove {them}, or set optimizer.name=apollo or apollo-mini."
-            )
-        return
-    if optimizer.apollo.embeddings == "factored" and config.parallel.zero_stage > 0:
-        yield (
-            "optimizer.apollo.embeddings='factored' takes means of whole rows and columns, which "
-            f"parallel.zero_stage={config.parallel.zero_stage} cuts; use adamw_8bit or low_rank."
-        )
-
-
-def _weights_are_kept(config: RunConfig, world_size: int | None) -> Iterator[str]:
-    optimizer = config.optimizer
-    if optimizer.weights == "float32":
-        return
-    if config.model.lora is not None:
-        yield (
-            "optimizer.weights='bf16' has no effect with model.lora, whose adapters are float32; remove it."
-        )
-        return
-    wrong = [
-        f"{key}={shown(value)}"
-        for key, value, fits in (
-            ("optimizer.name", optimizer.name, optimizer.name != "adamw"),
-            ("train.precision", config.train.precision, config.train.precision == "bf16"),
-            ("parallel.zero_stage", config.parallel.zero_stage, config.parallel.zero_stage == 0),
-        )
-        if not fits
-    ]
-    if wrong:
-        yield (
-            f"optimizer.weights='bf16' does not go with {listed(wrong)}: it needs optimizer.name=apollo or "
-            "apollo-mini, train.precision=bf16 and parallel.zero_stage=0; set these, or "
-            "optimizer.weights=float32."
-        )
-
-
-def _in_backward_has_one_gradient(config: RunConfig, world_size: int | None) -> Iterator[str]:
-    if not config.optimizer.in_backward:
-        return
-    parallel, train = config.parallel, config.train
-    if parallel.zero_stage > 0 or (world_size or 1) > 1 or parallel.ulysses_degree > 1:
-        yield (
-            "optimizer.in_backward=true updates a weight before other processes' gradients of it are added: "
-            "it needs parallel.num_gpus=1 and parallel.zero_stage=0; set these, or leave it out."
-        )
-    if train.global_batch_sequences != train.micro_batch_sequences:
-        yield (
-            "optimizer.in_backward=true updates a weight at each micro-batch, so a step has one: set "
-            f"train.global_batch_sequences={train.micro_batch_sequences} (train.micro_batch_sequences), or "
-            "leave it out."
-        )
-
-
-def _skipped_steps_are_undone(config: RunConfig, world_size: int | None) -> Iterator[str]:
-    if config.train.on_nonfinite == "skip" and config.optimizer.in_backward:
-        yield (
-            "train.on_nonfinite='skip' leaves out an update that is NaN or infinite, and with "
-            "optimizer.in_backward=true weights are updated before that is known; set "
-            "train.on_nonfinite=stop, or optimizer.in_backward=false."
-        )
-
-
-def _warmup_ends(config: RunConfig, world_size: int | None) -> Iterator[str]:
-    warmup, steps = config.schedule.warmup_steps, config.train.steps
-    if steps is not None and warmup >= steps:
-        yield (
-            f"schedule.warmup_steps={warmup} must be below train.steps={steps}; "
-            f"use {steps - 1} or less, or train longer."
-        )
-
-
-def _final_ratio_is_used(config: RunConfig, world_size: int | None) -> Iterator[str]:
-    schedule = config.schedule
-    given = "final_ratio" in schedule.model_fields_set
-    if schedule.name == "constant" and given and schedule.final_ratio != 1:
-        yield (
-            f"schedule.final_ratio={schedule.final_ratio} has no effect with schedule.name='constant'; "
-            "remove it, set it to 1, or choose cosine or linear."
-        )
-
-
 RULES: tuple[Rule, ...] = (
     Rule(("model.name", "model.config", "model.lora"), _model_is_named),
     Rule(("model.config",), _shapes_are_counts),
@@ -499,10 +416,10 @@ RULES: tuple[Rule, ...] = (
         ),
         _deepspeed_config_agrees,
     ),
-    Rule(("optimizer.name", "optimizer.apollo", "parallel.zero_stage"), _apollo_is_used),
+    Rule(("optimizer.name", "optimizer.apollo", "parallel.zero_stage"), apollo_is_used),
     Rule(
         ("optimizer.weights", "optimizer.name", "train.precision", "parallel.zero_stage", "model.lora"),
-        _weights_are_kept,
+        weights_are_kept,
     ),
     Rule(
         (
@@ -513,10 +430,10 @@ RULES: tuple[Rule, ...] = (
             "train.global_batch_sequences",
             "train.micro_batch_sequences",
         ),
-        _in_backward_has_one_gradient,
+        in_backward_has_one_gradient,
     ),
-    Rule(("train.on_nonfinite", "optimizer.in_backward"), _skipped_steps_are_undone),
-    Rule(("schedule.warmup_steps", "train.steps"), _warmup_ends),
-    Rule(("schedule.name", "schedule.final_ratio"), _final_ratio_is_used),
+    Rule(("train.on_nonfinite", "optimizer.in_backward"), skipped_steps_are_undone),
+    Rule(("schedule.warmup_steps", "train.steps"), warmup_ends),
+    Rule(("schedule.name", "schedule.final_ratio"), final_ratio_is_used),
 )
 """In the order in which their lines are shown."""
