@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 from torch import Tensor
@@ -77,6 +77,10 @@ class ProcessGroups:
             dist.all_reduce(values)
         return values
 
+    def gathered(self, mine: Any) -> list[Any]:
+        """What every rank says, in their order: one collective, none where the run is one process."""
+        return gathered(mine) if self.world_size > 1 else [mine]
+
     def barrier(self) -> None:
         """Wait for every rank."""
         if self.world_size > 1:
@@ -128,3 +132,15 @@ class ProcessGroups:
         if verdict != "done":
             raise ValueError(f"{name}: {verdict}; look at what that says.")
         return result
+
+
+def gathered(mine: Any) -> list[Any]:
+    """What every process says, in their order, also before there are `ProcessGroups`; one collective.
+
+    There is none without a process group, or in one of one.
+    """
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return [mine]
+    everyone = [mine] * dist.get_world_size()
+    dist.all_gather_object(everyone, mine)
+    return everyone

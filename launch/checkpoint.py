@@ -21,10 +21,8 @@ import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from ..distributed.checked_file import BytesFile, FileRecord, Writable, readable, record_of
 from ..distributed.engine import Engine
@@ -116,7 +114,7 @@ class Checkpoints:
                 return [str(error)]
 
         mine = self._groups.each_in_its_time(my_part, f"verifying {folder.name}")
-        return list(dict.fromkeys(problem for part in self._everyones(mine) for problem in part))
+        return list(dict.fromkeys(problem for part in self._groups.gathered(mine) for problem in part))
 
     @property
     def is_pending(self) -> bool:
@@ -165,7 +163,7 @@ class Checkpoints:
         # which they would wait else, give up before a slow disk is done.
         in_background = self._agree_to_begin(state.step, draft, problem, num_bytes, has_room)
         copied = copies.take(unnamed) if copies and in_background else None
-        in_background = in_background and all(self._everyones(copied is not None))
+        in_background = in_background and all(self._groups.gathered(copied is not None))
         self._pending = _Pending(self._with_layout(state, engine), draft, self._write(draft, files, copied))
         if self._groups.is_main:
             self._write_model_files(self._pending, write_model_files)
@@ -174,7 +172,7 @@ class Checkpoints:
 
     def _complete_earlier(self) -> None:
         try:
-            self.finish()
+            self.commit()
         except SaveError as error:
             # The one that is to come is newer: it is worth more than to know of this one.
             if self._groups.is_main:
@@ -190,7 +188,7 @@ class Checkpoints:
         self, step: int, draft: Path, problem: _Problem | None, num_bytes: int, has_room: bool
     ) -> bool:
         """All ranks wait until the draft's folder is there; whether all have room for copies of theirs."""
-        everyone = self._everyones((problem, num_bytes, has_room))
+        everyone = self._groups.gathered((problem, num_bytes, has_room))
         self._raise_if_any(step, draft, [problem for problem, *_ in everyone])
         needed = sum(size for _, size, _ in everyone)
         if self._groups.is_main and needed > (free := shutil.disk_usage(self.folder).free):
@@ -228,7 +226,9 @@ class Checkpoints:
             pending.problem = _Problem.of(error)
 
     def commit(self) -> Path | None:
-        """Complete the checkpoint that `save` began; every rank calls it, best once no rank is writing.
+        """Complete the checkpoint that `save` began; every rank calls it, best once no rank writes.
+
+        It waits for the writing. Where none was begun nothing is done.
 
         Returns:
             The checkpoint; None where none was begun.
@@ -245,7 +245,7 @@ class Checkpoints:
         problem, error = pending.problem, pending.writer.error
         if problem is None and error is not None:
             problem = _Problem.of(error)
-        everyone = self._everyones((problem, {**pending.records, **pending.writer.records}))
+        everyone = self._groups.gathered((problem, {**pending.records, **pending.writer.records}))
         step = pending.state.step
         self._raise_if_any(step, pending.draft, [problem for problem, _ in everyone])
         final = self.folder / f"step-{step:08d}"
@@ -256,16 +256,8 @@ class Checkpoints:
                 drop_old(final, self._keep)
             except (OSError, ValueError) as error:
                 problem = _Problem.of(error)
-        self._raise_if_any(step, pending.draft, self._everyones(problem))
+        self._raise_if_any(step, pending.draft, self._groups.gathered(problem))
         return final
-
-    def finish(self) -> Path | None:
-        """Wait for the writing and complete the checkpoint; every rank calls it.
-
-        Raises:
-            SaveError: On every rank, if any could not write its part.
-        """
-        return self.commit()
 
     def abandon(self) -> None:
         """Stop this rank's thread and forget what it wrote; for a run that is to end at once."""
@@ -327,12 +319,6 @@ class Checkpoints:
         if any(problem.is_disk_full for _, problem in wrong):
             failure.exit_status = DISK_FULL
         raise failure
-
-    def _everyones(self, mine: Any) -> list[Any]:
-        everyone = [mine] * self._groups.world_size
-        if self._groups.world_size > 1:
-            dist.all_gather_object(everyone, mine)
-        return everyone
 
 
 def _load(path: Path) -> dict[str, torch.Tensor]:

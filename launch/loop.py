@@ -84,7 +84,7 @@ class Loop:
                         f"stopped by {asked_by or 'another rank'}; {did} step {self.state.step} of {total}"
                     )
                     break
-            self._checkpoints.finish()
+            self._checkpoints.commit()
             self._reporter.end(metrics, self.state)
         except BaseException as error:
             self._break_off(error)
@@ -179,7 +179,7 @@ class Loop:
 
     def _finish_writing(self) -> None:
         try:
-            self._checkpoints.finish()
+            self._checkpoints.commit()
         except SaveError as problem:
             self._say(logging.ERROR, str(problem))
 

@@ -165,7 +165,7 @@ def require_same(words: Mapping[str, str], groups: ProcessGroups, advice: str) -
     Raises:
         ValueError: On every rank, with the first that differs from rank 0.
     """
-    first, *others = _everyones({**words, "host": socket.gethostname()}, groups)
+    first, *others = groups.gathered({**words, "host": socket.gethostname()})
     for rank, theirs in enumerate(others, start=1):
         for name in {**first, **theirs}:
             if name != "host" and theirs.get(name) != first.get(name):
@@ -177,7 +177,7 @@ def require_same(words: Mapping[str, str], groups: ProcessGroups, advice: str) -
 
 def _check_shared(folder: Path, groups: ProcessGroups) -> None:
     """Every rank writes its part of a checkpoint, so all must see the same folder."""
-    (name, *_) = _everyones(f".{uuid.uuid4().hex}", groups)
+    (name, *_) = groups.gathered(f".{uuid.uuid4().hex}")
     problem = None
     if groups.is_main:
         try:
@@ -186,7 +186,7 @@ def _check_shared(folder: Path, groups: ProcessGroups) -> None:
         except OSError as error:  # the others wait
             problem = str(error)
     groups.barrier()
-    everyone = _everyones((problem, os.access(folder / name, os.F_OK), socket.gethostname()), groups)
+    everyone = groups.gathered((problem, os.access(folder / name, os.F_OK), socket.gethostname()))
     problem, _, main_host = everyone[0]
     if problem is not None:
         raise ValueError(
@@ -200,15 +200,6 @@ def _check_shared(folder: Path, groups: ProcessGroups) -> None:
                 f"log.run_dir={folder} on rank {rank} ({host}) is not that of rank 0 ({main_host}): "
                 "each process writes its part of a checkpoint; name a folder that all nodes share."
             )
-
-
-def _everyones(mine: Any, groups: ProcessGroups) -> list[Any]:
-    import torch.distributed as dist
-
-    everyone = [mine] * groups.world_size
-    if groups.world_size > 1:
-        dist.all_gather_object(everyone, mine)
-    return everyone
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

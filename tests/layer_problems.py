@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from numerics import relative_error
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, eager_mask
+from transformers import AutoConfig, AutoModelForCausalLM
 
+from longseq.launch.verify.truth import exact
 from longseq.mst import apply_mini_sequence
 
 VOCAB, HIDDEN, LENGTH = 131, 48, 37  # multiples of no tile
@@ -94,48 +92,6 @@ def make_batch(rows: int = 2, length: int = LENGTH, *, masked: int = 11) -> dict
 # -- the truth ------------------------------------------------------------------------------------------
 
 
-def truth_of(model: nn.Module) -> nn.Module:
-    """A float64 copy in which nothing is rounded to float32: transformers' norms and softmax are."""
-    true = copy.deepcopy(model).double()
-    for module in true.modules():
-        if "RMSNorm" in type(module).__name__:
-            module.forward = partial(_true_norm, module, float(type(module).__name__.startswith("Gemma")))
-    base = true.get_base_model() if hasattr(true, "get_base_model") else true
-    base.set_attn_implementation("float64")
-    return true
-
-
-def _true_norm(module: nn.Module, offset: float, x: Tensor) -> Tensor:
-    eps = getattr(module, "variance_epsilon", None) or module.eps
-    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * (module.weight + offset)
-
-
-def _true_attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    softcap: float | None = None,
-    **_: Any,
-) -> tuple[Tensor, None]:
-    assert dropout == 0.0
-    repeats = query.shape[1] // key.shape[1]
-    key, value = (x.repeat_interleave(repeats, dim=1) for x in (key, value))
-    scores = query @ key.transpose(2, 3) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
-    if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
-    # Large enough that nothing of the future is left, and a row without any key stays finite.
-    scores = scores + attention_mask.double().clamp(min=-1e30)
-    return (scores.softmax(-1) @ value).transpose(1, 2).contiguous(), None
-
-
-AttentionInterface.register("float64", _true_attention)
-ALL_MASK_ATTENTION_FUNCTIONS.register("float64", eager_mask)
-
-
 def cross_entropy(
     logits: Tensor, labels: Tensor, *, num_items: float | None = None, shift: bool = True
 ) -> Tensor:
@@ -162,7 +118,7 @@ def true_step(model: nn.Module, batch: dict[str, Any], *, upstream: float = 1.0)
     inputs = {name: value for name, value in batch.items() if name != "labels"}
     if "inputs_embeds" in inputs:
         inputs["inputs_embeds"] = inputs["inputs_embeds"].detach().double().requires_grad_()
-    true = truth_of(model)
+    true = exact(model)
     return take_step(true, inputs, upstream=upstream, loss_of=lambda out: cross_entropy(out.logits, labels))
 
 

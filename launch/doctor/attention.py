@@ -162,7 +162,7 @@ def _judge(line: str, kernel: str, why: str, generation: int | None) -> Finding:
         if package is not None:
             return warning(
                 f"{line}, which was written for older GPUs ({why})",
-                f"{_install(package)} flash-attn-4 was about twice as fast on an H200 at 131,072 tokens.",
+                _install(package),
             )
     if kernel == "cudnn" and "not fa4: it is not installed" in why:
         # benchmarks/results/decoder.md

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from ...distributed.check import SequenceCheck, compare_with_one_rank
@@ -38,11 +37,7 @@ def examine_together(config: RunConfig) -> int:
     config, groups, device = join(config, use_deepspeed=False)
     set_up_logging(is_main=False)  # the findings are all there is to say
     try:
-        mine = check_sequence_parallelism(config, groups, device)
-        everyones: list[list[Comparison]] = [mine]
-        if groups.world_size > 1:
-            everyones = [mine] * groups.world_size
-            dist.all_gather_object(everyones, mine)
+        everyones = groups.gathered(check_sequence_parallelism(config, groups, device))
     finally:
         leave()
     comparisons = [comparison for of_rank in everyones for comparison in of_rank]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, replace
-from typing import Any
 
 import torch
 
@@ -27,7 +26,7 @@ def plan_for_run(config: RunConfig, groups: ProcessGroups, device: torch.device)
     Raises:
         ValueError: The model is none that can be counted.
     """
-    return make_plan(config, least_of(gathered(machine_now(groups.world_size, device))))
+    return make_plan(config, least_of(groups.gathered(machine_now(groups.world_size, device))))
 
 
 def machine_now(world_size: int, device: torch.device) -> Machine:
@@ -42,17 +41,6 @@ def machine_now(world_size: int, device: torch.device) -> Machine:
     gpu = replace(machine.gpu, memory_bytes=total - max(0, total - free - own))
     host = min(machine.host_bytes, int(free_host_bytes() * HOST_SHARE))
     return replace(machine, gpu=gpu, host_bytes=host)
-
-
-def gathered(mine: Any) -> list[Any]:
-    """What every rank says, in their order; one collective where a process group is there."""
-    import torch.distributed as dist
-
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return [mine]
-    everyone = [mine] * dist.get_world_size()
-    dist.all_gather_object(everyone, mine)
-    return everyone
 
 
 def least_of(machines: Sequence[Machine]) -> Machine:

@@ -44,7 +44,8 @@ def resolve_for_run(config: RunConfig, world_size: int) -> RunConfig:
     """
     if is_resolved(config):
         return config
-    from .at_start import gathered, least_of
+    from ...distributed.groups import gathered
+    from .at_start import least_of
     from .machine import this_machine
 
     # One collective whatever they find: nodes may not see the same files, which is looked at later.

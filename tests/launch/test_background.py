@@ -117,7 +117,7 @@ def test_the_memory_of_the_copy_is_used_again(tmp_path: Path) -> None:
     taken = set()
     for number in (1, 2, 3):
         checkpoints.save(trained, RunState(step=number), write_model_files, wait=False)
-        checkpoints.finish()
+        checkpoints.commit()
         assert checkpoints._copies is not None
         slab = checkpoints._copies._slab
         assert slab is not None
@@ -159,7 +159,7 @@ def test_a_save_completes_the_one_before_it(tmp_path: Path) -> None:
     for number in (1, 2):
         checkpoints.save(trained, RunState(step=number), write_model_files, wait=False)
     assert checkpoints.newest() == tmp_path / "checkpoints" / "step-00000001"
-    assert checkpoints.finish() == tmp_path / "checkpoints" / "step-00000002"
+    assert checkpoints.commit() == tmp_path / "checkpoints" / "step-00000002"
 
 
 def fill_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -188,7 +188,7 @@ def test_a_thread_that_fails_is_heard_at_the_commit_and_the_next_save_tries_agai
     assert not checkpoints.is_pending
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["latest", "step-00000001"]
     checkpoints.save(trained, RunState(step=3), write_model_files, wait=False)
-    assert checkpoints.finish() == tmp_path / "checkpoints" / "step-00000003"
+    assert checkpoints.commit() == tmp_path / "checkpoints" / "step-00000003"
     # A save that must not be lost is not, because of an earlier one that is.
     with monkeypatch.context() as patched:
         fill_the_disk(patched)
@@ -273,14 +273,14 @@ def one_rank_fails(folder: str, background_too: bool) -> list[str]:
         os.write = full
         try:
             checkpoints.save(engine(groups), RunState(step=7), write_model_files, wait=False)
-            checkpoints.finish()
+            checkpoints.commit()
             said.append("saved")
         except SaveError as error:
             said.append(f"{error} {error.exit_status}")
         finally:
             os.write = write
     checkpoints.save(engine(groups), RunState(step=8), write_model_files, wait=not background_too)
-    checkpoints.finish()
+    checkpoints.commit()
     # Where one rank has no room for a copy, none goes on without it.
     checkpoints = Checkpoints(Path(folder), groups, keep=2, background=background_too)
     if groups.is_main:

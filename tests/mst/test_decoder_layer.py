@@ -20,7 +20,6 @@ from layer_problems import (
     streamed_step,
     take_step,
     true_step,
-    truth_of,
     with_lora,
 )
 from numerics import relative_error
@@ -28,6 +27,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from longseq.distributed.ulysses import UlyssesAttention
+from longseq.launch.verify.truth import exact
 from longseq.mst import apply_mini_sequence, layer_parts
 from longseq.mst.apply import LOSSES
 from longseq.mst.placement import Placement
@@ -103,7 +103,7 @@ def test_lengths_and_batches(rows: int, length: int) -> None:
 
 def test_one_token() -> None:
     model = make_model()
-    ids, true = torch.tensor([[5]]), truth_of(model)
+    ids, true = torch.tensor([[5]]), exact(model)
     batch = {"input_ids": ids, "shift_labels": torch.tensor([[7]])}
     loss_of = lambda out: cross_entropy(out.logits, batch["shift_labels"], shift=False)  # noqa: E731
     truth = take_step(true, {"input_ids": ids}, loss_of=loss_of)
@@ -219,7 +219,7 @@ def test_a_loss_on_a_hidden_state_between_layers(checkpoints) -> None:
         return out.hidden_states[1].square().mean() + 3.0 * out.hidden_states[2][:, 5].sum()
 
     batch["output_hidden_states"] = True
-    truth = take_step(truth_of(model), without_labels(batch), loss_of=loss_of)
+    truth = take_step(exact(model), without_labels(batch), loss_of=loss_of)
     apply_mini_sequence(model, tile_tokens=10, checkpoints=checkpoints)
     assert_same_step(take_step(model, without_labels(batch), loss_of=loss_of), truth)
     out = model(**batch)
@@ -286,7 +286,7 @@ def test_retained_gradients_of_hidden_states() -> None:
         cross_entropy(out.logits, batch["labels"]).backward()
         return [hidden.grad for hidden in out.hidden_states]
 
-    truth = gradients(truth_of(model))
+    truth = gradients(exact(model))
     apply_mini_sequence(model, tile_tokens=10)
     for found, wanted in zip(gradients(model), truth, strict=True):
         assert relative_error(found, wanted) < 1e-10
@@ -326,7 +326,7 @@ def test_a_hidden_state_that_goes_around_a_layer(checkpoints) -> None:
         of.model.layers[2].register_forward_hook(around.add)
         return of
 
-    truth = take_step(connected(truth_of(model)), without_labels(batch), loss_of=of_labels(batch))
+    truth = take_step(connected(exact(model)), without_labels(batch), loss_of=of_labels(batch))
     assert_same_step(streamed_step(connected(model), batch, tile_tokens=10, checkpoints=checkpoints), truth)
 
 
@@ -483,7 +483,7 @@ def test_the_decoder_alone(attention: str) -> None:
     def loss_of(out) -> Tensor:
         return (out.last_hidden_state * factor).sum()
 
-    truth = take_step(truth_of(model).model, batch, loss_of=loss_of)
+    truth = take_step(exact(model).model, batch, loss_of=loss_of)
     apply_mini_sequence(model, tile_tokens=10)
     # With a cache or a mask (which transformers' eager attention always has) layers run as they were.
     assert_same_step(take_step(model.model, batch, loss_of=loss_of), truth, tolerance=1e-5)
@@ -507,7 +507,7 @@ def test_a_layer_alone(index: int, options: dict) -> None:
     model = make_model()
     x = torch.randn(2, 13, HIDDEN, dtype=torch.float64).requires_grad_()
     factor = torch.randn(x.shape, dtype=torch.float64)
-    (run_layer(truth_of(model), index, x, causal_mask(13)) * factor).sum().backward()
+    (run_layer(exact(model), index, x, causal_mask(13)) * factor).sum().backward()
     wanted, x.grad = x.grad, None
     apply_mini_sequence(model, tile_tokens=10, **options)
     (run_layer(model, index, x, None) * factor).sum().backward()
@@ -524,7 +524,7 @@ def test_a_gradient_that_is_expanded(what: str) -> None:
         out = run_layer(of, 0, x, mask) if what == "layer" else of.model.norm(x)
         return torch.autograd.grad(out.sum(), x)[0]
 
-    wanted = gradient(truth_of(model), causal_mask(13))
+    wanted = gradient(exact(model), causal_mask(13))
     apply_mini_sequence(model, tile_tokens=10)
     assert relative_error(gradient(model, None), wanted) < 1e-10
 
@@ -538,7 +538,7 @@ def test_layers_alone_one_after_another_are_no_pass() -> None:
         total = run_layer(of, 0, x, mask).square().sum() + run_layer(of, 1, y, mask).square().sum()
         return torch.autograd.grad(total, (x, y))
 
-    wanted = gradients(truth_of(model), causal_mask(13))
+    wanted = gradients(exact(model), causal_mask(13))
     apply_mini_sequence(model, tile_tokens=10, checkpoints=Placement(every=2))
     for found, true in zip(gradients(model, None), wanted, strict=True):
         assert relative_error(found, true) < 1e-10

@@ -17,13 +17,13 @@ from layer_problems import (
     streamed_step,
     take_step,
     true_step,
-    truth_of,
 )
 from numerics import relative_error
 from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
+from longseq.launch.verify.truth import exact
 from longseq.mst import apply_mini_sequence
 from longseq.mst.inputs import document_offsets, no_mask
 from longseq.mst.placement import Placement
@@ -169,7 +169,7 @@ def pack(model: nn.Module) -> tuple[dict[str, Tensor], Step]:
     batch["labels"][0, first_labels] = -100  # predicted from another document
     batch["position_ids"] = torch.cat([torch.arange(length) for length in LENGTHS]).unsqueeze(0)
     num_items = int((batch["labels"][:, 1:] != -100).sum())
-    true, total = truth_of(model), torch.zeros((), dtype=torch.float64)
+    true, total = exact(model), torch.zeros((), dtype=torch.float64)
     for ids, labels in zip(
         *(batch[name].split(LENGTHS, dim=1) for name in ("input_ids", "labels")), strict=True
     ):

@@ -12,8 +12,8 @@ import torch
 from plan_samples import AUTO, GIB, SHAPE, machine_with, plan_config
 from tiny_run import Workshop, records, train_here
 
-from longseq.distributed import ProcessGroups
-from longseq.launch import nodes, setup
+from longseq.distributed import ProcessGroups, groups
+from longseq.launch import setup
 from longseq.launch.config import RunConfig
 from longseq.launch.config_errors import ConfigError
 from longseq.launch.config_file import check_count, check_world, dump_config, load_config, parse_config
@@ -161,9 +161,9 @@ def test_ranks_with_unequal_machines_and_files_decide_alike(
         return found
 
     # Once to hear what each rank says, and once with each hearing all.
-    monkeypatch.setattr(at_start, "gathered", lambda mine: facts.append(mine) or [mine])
+    monkeypatch.setattr(groups, "gathered", lambda mine: facts.append(mine) or [mine])
     resolved()
-    monkeypatch.setattr(at_start, "gathered", lambda mine: facts)
+    monkeypatch.setattr(groups, "gathered", lambda mine: facts)
     first, second = resolved()
     assert (first.parallel, first.sequence) == (second.parallel, second.sequence)
     assert first.sequence.length == (length or resolve(free, machines[1]).sequence.length)
@@ -248,7 +248,7 @@ def test_ranks_that_planned_otherwise_are_told_before_they_wait_for_each_other(
     other = str(replace(plan.knobs, head_groups=2))
     monkeypatch.setattr(at_start, "plan_for_run", lambda config, groups, device: plan)
     monkeypatch.setattr(
-        nodes, "_everyones", lambda mine, groups: [mine, {"what the plan chose": other, "host": "b"}]
+        ProcessGroups, "gathered", lambda self, mine: [mine, {"what the plan chose": other, "host": "b"}]
     )
     with pytest.raises(ValueError, match=r"what the plan chose is .*head_groups=2.* on rank 1 \(b\)"):
         setup._plan(small_config(), ProcessGroups(), torch.device("cuda", 0))
