@@ -32,6 +32,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from .dispatch import is_dtensor
+from .scaling import scale_
 
 NAME_LISTS = ("names", "param_names")
 """Keys of a parameter group that have one entry a parameter: Apollo's, and that of `torch.optim`."""
@@ -155,13 +156,18 @@ class InBackwardHandle:
             )
         self._norms[param] = norm = _norm(param.grad)
         grad = param.grad.to_local() if is_dtensor(param.grad) else param.grad
-        if self._clip_norm is not None:
-            bound = norm if self.previous_norm is None else norm.maximum(self.previous_norm.to(norm))
-            grad.mul_(self._clip_norm / bound.clamp(min=self._clip_norm))
-        grad.masked_fill_(~norm.isfinite(), 0)
+        scale_(grad, self._factor(norm))
         with self._lock:
             self._step_parameter(param)
         param.grad = None
+
+    def _factor(self, norm: Tensor) -> Tensor:
+        """What a gradient of this norm is multiplied by: 0 where it is broken."""
+        factor = torch.ones_like(norm)
+        if self._clip_norm is not None:
+            bound = norm if self.previous_norm is None else norm.maximum(self.previous_norm.to(norm))
+            factor = self._clip_norm / bound.clamp(min=self._clip_norm)
+        return torch.where(norm.isfinite(), factor, 0)
 
     def _step_by_method(self, param: nn.Parameter) -> None:
         self._optimizer.step_parameters([param])

@@ -24,6 +24,14 @@ LLAMA_3_8B = {
     "max_position_embeddings": 1048576,
     "rope_theta": 500000.0,
 }
+LLAMA_7B = {
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 32,
+    "vocab_size": 32000,
+    "rope_theta": 10000.0,
+}
 TINY = {  # eight key/value heads: every number of head groups that the big one has
     "hidden_size": 64,
     "intermediate_size": 160,
@@ -33,8 +41,8 @@ TINY = {  # eight key/value heads: every number of head groups that the big one 
     "vocab_size": 512,
     "rope_theta": 500000.0,
 }
-SHAPES = {"llama-3-8b": LLAMA_3_8B, "tiny": TINY}
-NUM_LAYERS = {"llama-3-8b": 32, "tiny": 2}
+SHAPES = {"llama-3-8b": LLAMA_3_8B, "llama-7b": LLAMA_7B, "tiny": TINY}
+NUM_LAYERS = {"llama-3-8b": 32, "llama-7b": 32, "tiny": 2}
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,6 @@ import argparse
 import functools
 import json
 import os
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,8 +31,9 @@ from decoder_model import (
     host_gib,
     run_step,
 )
-from torch import Tensor, nn
+from torch import nn
 
+from longseq.launch.bench.stub_attention import StubAttention
 from longseq.mst import apply_mini_sequence
 from longseq.mst.pinned_slab import PinnedSlab
 from longseq.mst.placement import Placement
@@ -54,56 +54,6 @@ bfloat16, batch 1, random weights and tokens. "Reserved" is what PyTorch's alloc
 what is pinned for checkpoints."""
 
 
-class StubAttention:
-    """Zeros in place of attention, and its kernel's memory; as `UlyssesAttention` is called."""
-
-    sp_size = 1
-
-    def __init__(self, kernel: str) -> None:
-        self._kernel = kernel
-
-    def forward_groups(self, groups: Iterable[tuple], options: Any, documents: Any = None) -> Iterator[tuple]:
-        """Output and log-sum-exp of each group's `(B, N, S, H)`, laid out as cuDNN's."""
-        return map(self._forward, groups)
-
-    def send_ahead(self, groups: Iterable[tuple]) -> None:
-        """Nobody is there to send to."""
-
-    def backward_groups(
-        self, groups: Iterable[tuple], options: Any, documents: Any = None, ahead: Any = None
-    ) -> Iterator[tuple]:
-        """Gradients of zero, beside a workspace that is freed with each group's call."""
-        return map(self._backward, groups)
-
-    def _forward(self, tensors: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
-        query = tensors[0]
-        return torch.zeros_like(query), query.new_zeros(*query.shape[:3], 1, dtype=torch.float32)
-
-    def _backward(self, tensors: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
-        _, query, key, value, *_ = tensors
-        sizes = workspace(self._kernel, query, key)
-        held = [torch.empty(count, dtype=dtype, device=query.device) for count, dtype in sizes]
-        grads = torch.zeros_like(query), torch.zeros_like(key), torch.zeros_like(value)
-        del held
-        return grads
-
-
-def workspace(kernel: str, query: Tensor, key: Tensor) -> list[tuple[int, torch.dtype]]:
-    """What a kernel's backward allocates beside its results: numbers of elements, and their types.
-
-    Found by taking what was measured on an H200 apart: cuDNN keeps a float32 dq, dk and dv for each query
-    head, and a float32 a row; flash-attn-4 float32 dq, dk and dv, and two a row.
-    """
-    num_rows = query.shape[:3].numel()
-    if kernel == "fa4":
-        return [
-            (query.numel(), torch.float32),
-            (2 * key.numel(), torch.float32),
-            (2 * num_rows, torch.float32),
-        ]
-    return [(query.numel(), torch.float32), (2 * query.numel(), query.dtype), (num_rows, torch.float32)]
-
-
 def stub_attention(model: nn.Module, num_real: int, kernel: str) -> None:
     """Put the stub into all but the last layers; before mini-sequences are applied or after."""
     layers = model.model.layers
@@ -114,7 +64,7 @@ def stub_attention(model: nn.Module, num_real: int, kernel: str) -> None:
 def step_in_backward(model: nn.Module) -> None:
     """Each weight is stepped as soon as its gradient is there, which is then gone: plain descent."""
 
-    def step(param: Tensor) -> None:
+    def step(param: torch.Tensor) -> None:
         param.data.add_(param.grad, alpha=-STEP_SIZE)
         param.grad = None
 

@@ -6,6 +6,8 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
+import lanes
+
 POSITIONS = 2**20
 
 SHAPES: dict[str, dict[str, Any]] = {
@@ -231,15 +233,4 @@ def named(names: list[str]) -> list[Setting]:
     Raises:
         ValueError: There is none of a name.
     """
-    every = (*SETTINGS, *TINY)
-    chosen: list[Setting] = []
-    for name in names:
-        found = [
-            one
-            for one in every
-            if one.name == name or (name.endswith("*") and one.name.startswith(name[:-1]))
-        ]
-        if not found:
-            raise ValueError(f"--only {name} is no setting; they are {', '.join(one.name for one in every)}.")
-        chosen += [one for one in found if one not in chosen]
-    return chosen
+    return lanes.named(names, (*SETTINGS, *TINY))

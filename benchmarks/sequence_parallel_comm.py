@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,6 +12,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from longseq.launch.bench import kernel_kinds
+from longseq.launch.bench.gaps import Event, Span, length, merged, overlap
+from longseq.launch.bench.profile import top_kernels
+from longseq.launch.bench.recording import record
 
 COLLECTIVES = (
     "all_to_all_single",
@@ -25,8 +30,6 @@ COLLECTIVES = (
     "reduce",
 )
 """Functions of torch.distributed, by which ours and DeepSpeed's collectives go alike."""
-NUM_TOP_KERNELS = 15
-Span = tuple[float, float]
 
 
 @dataclass
@@ -103,48 +106,27 @@ def exchanged_bytes(
     return (8 if rebuilds_attention else 6) * heads * head_dim * dtype_bytes * local_tokens
 
 
-@dataclass(frozen=True)
-class Kernel:
-    """Something that ran on the GPU, in microseconds."""
-
-    name: str
-    start: float
-    end: float
-
-    @property
-    def kind(self) -> str:
-        """ "all-to-all", "all-gather", "reduce-scatter", "other NCCL", "host copy" or "compute"."""
-        if self.name.startswith("nccl"):
-            for sign, kind in (
-                ("SendRecv", "all-to-all"),
-                ("AllGather", "all-gather"),
-                ("ReduceScatter", "reduce-scatter"),
-            ):
-                if sign in self.name:
-                    return kind
-            return "other NCCL"
-        is_host_copy = self.name.startswith(("Memcpy HtoD", "Memcpy DtoH"))
-        return "host copy" if is_host_copy else "compute"
+def kind_of(name: str) -> str:
+    """ "all-to-all", "all-gather", "reduce-scatter", "other NCCL", "host copy" or "compute"."""
+    kind = kernel_kinds.kind_of(name)
+    if kind == "NCCL":
+        for sign, collective in (
+            ("SendRecv", "all-to-all"),
+            ("AllGather", "all-gather"),
+            ("ReduceScatter", "reduce-scatter"),
+        ):
+            if sign in name:
+                return collective
+        return "other NCCL"
+    return "compute" if kernel_kinds.computes(kind) else "host copy"
 
 
-def profiled(step: Callable[[], Any]) -> list[Kernel]:
+def profiled(step: Callable[[], Any]) -> list[Event]:
     """The kernels and copies of one step on this rank's GPU."""
-    from torch.profiler import ProfilerActivity, profile
-
-    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
-        step()
-        torch.cuda.synchronize()
-    return [
-        Kernel(event.name, event.time_range.start, event.time_range.end)
-        for event in profiler.events()
-        # Annotations (nccl:all_gather) have a length too, but nothing runs for them.
-        if event.device_type == torch.autograd.DeviceType.CUDA
-        and not getattr(event, "is_user_annotation", False)
-        and not event.name.startswith("nccl:")
-    ]
+    return record(step, torch.device("cuda", torch.cuda.current_device())).on_gpu
 
 
-def times(kernels: Sequence[Kernel]) -> dict[str, Any]:
+def times(kernels: Sequence[Event]) -> dict[str, Any]:
     """Where a step's time went, in seconds of this rank's GPU.
 
     Returns:
@@ -155,13 +137,13 @@ def times(kernels: Sequence[Kernel]) -> dict[str, Any]:
     if not kernels:
         return {}
     spans: dict[str, list[Span]] = {}
-    for kernel in kernels:
-        spans.setdefault(kernel.kind, []).append((kernel.start, kernel.end))
+    for start, end, name in kernels:
+        spans.setdefault(kind_of(name), []).append((start, end))
     compute = merged(spans.get("compute", []))
     nccl = merged(
         span for kind, found in spans.items() if kind not in ("compute", "host copy") for span in found
     )
-    everything = merged((kernel.start, kernel.end) for kernel in kernels)
+    everything = merged((start, end) for start, end, _ in kernels)
     span = everything[-1][1] - everything[0][0]
     found = {
         "span": span,
@@ -171,46 +153,5 @@ def times(kernels: Sequence[Kernel]) -> dict[str, Any]:
         "idle": span - length(everything),
         **{kind: length(merged(of_kind)) for kind, of_kind in spans.items() if kind != "compute"},
     }
-    return {name: us / 1e6 for name, us in found.items()} | {"top": top_kernels(kernels)}
-
-
-def top_kernels(kernels: Iterable[Kernel]) -> list[dict[str, Any]]:
-    """Name, calls and seconds of those that took most together."""
-    totals: Counter[str] = Counter()
-    calls: Counter[str] = Counter()
-    for kernel in kernels:
-        totals[kernel.name] += kernel.end - kernel.start
-        calls[kernel.name] += 1
-    return [
-        {"kernel": name[:120], "calls": calls[name], "s": us / 1e6}
-        for name, us in totals.most_common(NUM_TOP_KERNELS)
-    ]
-
-
-def merged(spans: Iterable[Span]) -> list[Span]:
-    """The same time in spans that do not overlap, in order."""
-    found: list[Span] = []
-    for start, end in sorted(spans):
-        if found and start <= found[-1][1]:
-            found[-1] = (found[-1][0], max(end, found[-1][1]))
-        else:
-            found.append((start, end))
-    return found
-
-
-def length(spans: Iterable[Span]) -> float:
-    """Of spans that do not overlap."""
-    return sum(end - start for start, end in spans)
-
-
-def overlap(one: Sequence[Span], other: Sequence[Span]) -> float:
-    """How long both lists have a span; each as `merged` gives it."""
-    total, i, j = 0.0, 0, 0
-    while i < len(one) and j < len(other):
-        start, end = max(one[i][0], other[j][0]), min(one[i][1], other[j][1])
-        total += max(0.0, end - start)
-        if one[i][1] <= other[j][1]:
-            i += 1
-        else:
-            j += 1
-    return total
+    top = [{"kernel": name, "calls": calls, "s": seconds} for name, seconds, calls in top_kernels(kernels)]
+    return {name: ns / 1e9 for name, ns in found.items()} | {"top": top}

@@ -70,6 +70,7 @@ class Arriving(Generic[Found]):
         received, work, unpack = self._coming
         self._coming = None  # who holds this holds no memory any more
         work.wait()
+        del work  # and with it what was packed
         return unpack(received)
 
 
@@ -97,6 +98,11 @@ class Exchange:
 
     def __init__(self, plan: HeadPlan, rank: int, group: dist.ProcessGroup) -> None:
         self._plan, self._rank, self._group = plan, rank, group
+
+    @property
+    def shares_keys(self) -> bool:
+        """Whether a key/value head is sent to more than one rank."""
+        return self._plan.shares_keys
 
     def to_heads(self, kinds: str, *tensors: Tensor) -> tuple[Tensor, ...]:
         """`(B, N | K, S, H)` of this rank's tokens -> `(B, n | k, P S, H)` of its heads; differentiable."""

@@ -49,7 +49,16 @@ class HeadPlan:
     @property
     def is_even(self) -> bool:
         """Whether all ranks have as many heads, none of them sent twice."""
-        return len(set(self.queries.counts)) == 1 and len(self.keys.counts) == self.num_ranks
+        return len(set(self.queries.counts)) == 1 and not self.shares_keys
+
+    @property
+    def shares_keys(self) -> bool:
+        """Whether a key/value head is sent to more than one rank.
+
+        Groups of heads are made that fine where memory is short: then ulysses.py exchanges one group after
+        the other, with nothing of another beside it, and the plan counts it so.
+        """
+        return len(self.keys.counts) < self.num_ranks
 
     @property
     def imbalance(self) -> float:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from operator import itemgetter
 
 import torch.distributed as dist
 from torch import Tensor
@@ -27,6 +28,8 @@ Sent = tuple[Exchange, Arriving]
 """A group on its way to the ranks of its heads, and what will bring the result back."""
 Departure = tuple[Exchange, Arriving, Tensor | None]
 """The same with the log-sum-exp that backward needs."""
+Attended = tuple[tuple[Tensor, ...], Tensor | None]
+"""What attention makes of a group, backward or forward, and in forward the log-sum-exp."""
 Leaving = tuple[Arriving, Tensor | None]
 """Tensors on their way to where their tokens are, and the log-sum-exp that stays."""
 
@@ -36,7 +39,7 @@ class UlyssesAttention:
 
     A call is differentiable. `forward_groups` and `backward_groups` are the same without autograd, for layers
     that decide themselves what waits between the two: for one group of heads after the other, the exchange of
-    each beside the attention of another.
+    each beside the attention of another, but where memory is wanted more (see `_exchanged`).
     """
 
     def __init__(self, groups: ProcessGroups) -> None:
@@ -114,7 +117,9 @@ class UlyssesAttention:
 
         Args:
             groups: Queries `(B, N, S, H)`, keys and values `(B, K, S, H)` of each group. They are asked for
-                one group ahead: a group is sent, and the one before returns, while another attends.
+                one group ahead: a group is sent, and the one before returns, while another attends. Groups
+                whose key/value heads go to more than one rank are taken one after the other instead, so that
+                nothing of another group is alive.
             options: Scale, window, softcap and kernel.
             document_offsets: Of the whole sequence.
 
@@ -126,9 +131,9 @@ class UlyssesAttention:
         def alone(tensors: tuple[Tensor, ...]) -> HeadsOut:
             return attention_forward(*tensors, options, document_offsets)
 
-        def attend(exchange: Exchange, tensors: tuple[Tensor, ...], lse: Tensor | None) -> Leaving:
+        def attend(tensors: tuple[Tensor, ...], _: Tensor | None) -> Attended:
             out, lse = alone(tensors)
-            return exchange.start_to_tokens("q", out), lse
+            return (out,), lse
 
         def depart(tensors: tuple[Tensor, ...]) -> Departure:
             return *self._send("qkk", *tensors), None
@@ -137,8 +142,7 @@ class UlyssesAttention:
         if self._groups.sp_size == 1:
             yield from map(alone, groups)
             return
-        for (out,), lse in _pipeline(map(depart, groups), attend):
-            yield out, lse
+        yield from map(_out_and_lse, _exchanged(map(depart, groups), attend, "q"))
 
     def send_ahead(self, groups: Iterable[tuple[Tensor, Tensor, Tensor, Tensor]]) -> list[Sent] | None:
         """Send what `backward_groups` needs beside gradients, while those are still being computed.
@@ -176,12 +180,11 @@ class UlyssesAttention:
         def alone(tensors: tuple[Tensor, ...]) -> HeadsGrad:
             return attention_backward(*tensors, options, document_offsets)
 
-        def attend(exchange: Exchange, tensors: tuple[Tensor, ...], lse: Tensor | None) -> Leaving:
+        def attend(tensors: tuple[Tensor, ...], lse: Tensor | None) -> Attended:
             if early:
                 tensors = (*early.popleft()[1].wait(), *tensors)
             query, key, value, out, grad_out = tensors
-            grads = alone((grad_out, query, key, value, out, lse))
-            return exchange.start_to_tokens("qkk", *grads), None
+            return alone((grad_out, query, key, value, out, lse)), None
 
         def depart(group: tuple[Tensor, ...]) -> Departure:
             grad_out, *tensors, lse = group
@@ -194,32 +197,46 @@ class UlyssesAttention:
             yield from map(alone, groups)
             return
         early = deque(ahead or ())
-        for grads, _ in _pipeline(map(depart, groups), attend):
-            yield grads
+        yield from map(itemgetter(0), _exchanged(map(depart, groups), attend, "qkk"))
 
     def _send(self, kinds: str, *tensors: Tensor) -> Sent:
         exchange = self._exchange(self.plan(tensors[0].shape[1], tensors[1].shape[1]))
         return exchange, exchange.start_to_heads(kinds, *tensors)
 
 
-def _pipeline(
-    departures: Iterator[Departure], attend: Callable[[Exchange, tuple[Tensor, ...], Tensor | None], Leaving]
-) -> Iterator[tuple[tuple[Tensor, ...], Tensor | None]]:
-    """Send each group before the one ahead of it attends, and let that return while this one does."""
+def _exchanged(
+    departures: Iterator[Departure],
+    attend: Callable[[tuple[Tensor, ...], Tensor | None], Attended],
+    kinds: str,
+) -> Iterator[Attended]:
+    """Send each group, attend with it and send the result back.
+
+    Each group is sent before the one ahead of it attends, and that one returns while this one attends. But
+    where a key/value head goes to several ranks, one group is through before the next one is made: what is
+    packed and received is then a multiple of the groups' own tensors, of which no second is held.
+    """
     here = next(departures, None)
+    overlaps = here is not None and not here[0].shares_keys
     leaving: deque[Leaving] = deque()
     while here is not None:
         exchange, arriving, lse = here
-        here = next(departures, None)  # what it takes to make the next group runs beside this exchange
-        tensors = arriving.wait()
-        del arriving
-        leaving.append(attend(exchange, tensors, lse))
-        del tensors, lse
-        if len(leaving) > 1:
+        # What it takes to make the next group runs beside this exchange.
+        here = next(departures, None) if overlaps else None
+        found, lse = attend(arriving.wait(), lse)  # what has arrived is gone before the result is packed
+        leaving.append((exchange.start_to_tokens(kinds, *found), lse))
+        del found
+        if len(leaving) > 1 or not overlaps:
             yield _arrived(*leaving.popleft())
+        if not overlaps:
+            here = next(departures, None)
     if leaving:
         yield _arrived(*leaving.popleft())
 
 
-def _arrived(arriving: Arriving, lse: Tensor | None) -> tuple[tuple[Tensor, ...], Tensor | None]:
+def _arrived(arriving: Arriving, lse: Tensor | None) -> Attended:
     return arriving.wait(), lse
+
+
+def _out_and_lse(attended: Attended) -> HeadsOut:
+    (out,), lse = attended
+    return out, lse

@@ -17,7 +17,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
 from ..apollo import Apollo
 from .apollo_state import apollo_pieces, lay_out_apollo, load_apollo
@@ -117,8 +119,10 @@ def gather_whole(module: nn.Module) -> Callable[[], None]:
     module._z3_leaf = True  # as deepspeed.utils.set_z3_leaf_module does
     # DeepSpeed's own hooks, which look at what the input wants, must come after it.
     hook = module.register_forward_pre_hook(_with_input_grad, prepend=True)
+    module.register_full_backward_hook = partial(_register_behind, module)
 
     def take_back() -> None:
+        module.__dict__.pop("register_full_backward_hook", None)
         if any(hasattr(param, "ds_z3_leaf_module") for param in module.parameters()):
             return
         hook.remove()
@@ -147,6 +151,42 @@ def _with_input_grad(module: nn.Module, args: tuple) -> tuple:
         else arg
         for arg in args
     )
+
+
+def _register_behind(module: nn.Module, hook: Callable, *args: Any, **kwargs: Any) -> RemovableHandle:
+    """`register_full_backward_hook`, such that DeepSpeed's hook holds no gradient of the module's output.
+
+    PyTorch keeps that for the hook until it has run, which is all through the module's backward: as much as
+    a layer's input, which may else be written over. DeepSpeed's hook reduces gradients of weights and never
+    looks at it; it wants to be called once the input's gradient is there, before the weights are released.
+    """
+    if not getattr(hook, "__module__", "").startswith("deepspeed."):
+        return type(module).register_full_backward_hook(module, hook, *args, **kwargs)
+
+    def watch_inputs(module: nn.Module, args: tuple) -> tuple:
+        wanting = [arg for arg in args if isinstance(arg, Tensor) and arg.requires_grad]
+        if not (wanting and torch.is_grad_enabled()):
+            return args
+        watched = iter(_Watched.apply(partial(hook, module, None, None), *wanting))
+        return tuple(next(watched) if isinstance(arg, Tensor) and arg.requires_grad else arg for arg in args)
+
+    # Behind DeepSpeed's other hooks on the input, and so ahead of them in backward.
+    return module.register_forward_pre_hook(watch_inputs)
+
+
+class _Watched(torch.autograd.Function):
+    """Hands tensors on, and calls somebody once all their gradients are there."""
+
+    @staticmethod
+    def forward(ctx, call: Callable[[], None], *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.call = call
+        return tensors
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *grads: Tensor):
+        ctx.call()
+        return None, *grads
 
 
 def init_deepspeed_communication() -> None:

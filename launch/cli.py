@@ -31,9 +31,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     elif rest:
         args.overrides = [*args.overrides, *rest]
     args.launcher_args = launcher_args
-    if launcher_args and args.command not in ("train", "doctor"):
+    if launcher_args and args.command not in ("train", "doctor", "bench"):
         parser.error(
-            f"{' '.join(launcher_args)}: words behind -- are for the launcher that `train` and `doctor` start"
+            f"{' '.join(launcher_args)}: words behind -- are for the launcher that `train`, `doctor` and "
+            "`bench` start"
         )
     try:
         return args.run(args) or 0
@@ -105,7 +106,35 @@ def _before_a_run(commands) -> None:
         commands, "verify", _verify, "compare a small model like yours with plain PyTorch in float64"
     )
     verify.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    _bench_command(commands)
     _config_command(commands, "prepare", _prepare, "tokenise the data of a config, and show its lengths")
+
+
+def _bench_command(commands) -> None:
+    bench = _config_command(
+        commands, "bench", _bench, "time whole training steps here, on random weights and made-up documents"
+    )
+    _launcher_options(bench)
+    bench.add_argument("--steps", type=int, help="that are timed; default: 2, and 1 with --memory-only")
+    bench.add_argument(
+        "--no-warm-up",
+        action="store_true",
+        help="time the first step too, after one of a few thousand tokens",
+    )
+    bench.add_argument(
+        "--memory-only",
+        action="store_true",
+        help="leave attention and products out, not their memory: no seconds, no loss",
+    )
+    bench.add_argument("--gpu-memory", metavar="SIZE", help="behave as on a smaller card, such as 80G")
+    bench.add_argument(
+        "--host-memory", metavar="SIZE", help="of each node, such as 115G; default: what there is"
+    )
+    bench.add_argument(
+        "--document-tokens", metavar="N", help="pack documents of so many; default: one a sequence"
+    )
+    bench.add_argument("--profile", action="store_true", help="take one more step apart, kernel by kernel")
+    bench.add_argument("--json", type=Path, metavar="FILE", help="keep all that is found, as it is found")
 
 
 def _of_a_run(commands) -> None:
@@ -219,6 +248,12 @@ def _plan(args: argparse.Namespace) -> int:
     from .planner.command import plan
 
     return plan(args)
+
+
+def _bench(args: argparse.Namespace) -> int:
+    from .bench.command import bench
+
+    return bench(args)
 
 
 def _check(args: argparse.Namespace) -> int:

@@ -134,7 +134,7 @@ def launch(
     finally:
         for number, handler in earlier.items():
             signal.signal(number, handler)
-    _tell_of_a_killed_worker(status)
+    _tell_of_a_killed_worker(status, command)
     return status
 
 
@@ -152,13 +152,13 @@ def _wait(process: subprocess.Popen) -> int:
         return 130
 
 
-def _tell_of_a_killed_worker(status: int) -> None:
+def _tell_of_a_killed_worker(status: int, command: str) -> None:
     """DeepSpeed's launcher ends with 256 - N where a signal N ended a worker, which then said nothing."""
     number = -status if status < 0 else 256 - status
     if status and number in set(signal.Signals):
         name = signal.Signals(number).name
         why = "; the machine may have run out of memory" if number == signal.SIGKILL else ""
-        print(f"longseq train: a process of the run was ended by {name}{why}.", file=sys.stderr)
+        print(f"longseq {command}: a process of the run was ended by {name}{why}.", file=sys.stderr)
 
 
 def _which_gpus(num_gpus: int) -> list[str]:

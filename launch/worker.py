@@ -26,8 +26,14 @@ _ECHOES = ("gloo", "nccl", "connection closed", "connection reset", "broken pipe
 """Words of errors that come of another rank's end, in the messages of what moves tensors between ranks."""
 
 
-def run_worker(config: RunConfig) -> int:
+def run_worker(
+    config: RunConfig, work: Callable[[RunConfig, ProcessGroups, torch.device], object] | None = None
+) -> int:
     """Train on this process, alone or as one of those that a launcher started.
+
+    Args:
+        config: The run.
+        work: What is done in training's place, by the same processes and with the same care for errors.
 
     Returns:
         Exit status (`exit_status.py`). Where one of several processes fails, all end by its status.
@@ -43,7 +49,7 @@ def run_worker(config: RunConfig) -> int:
     watch = Watch(groups.rank, groups.world_size)
     try:
         check_nodes(config, groups)
-        train(config, groups, device)
+        (work or train)(config, groups, device)
     except BaseException as error:
         status = status_of(error)
         end = watch.failed(status, _one_line(error), is_echo=_is_echo(error))

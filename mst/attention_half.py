@@ -81,7 +81,9 @@ class AttentionHalf:
         log_sums = []
         groups = (projected.group(index, num_groups) for index in range(num_groups))
         attended = self._attention.forward_groups(groups, self._options, positions.documents)
-        for index, (out, log_sum) in enumerate(attended):
+        # By `next`, here and below: `enumerate` holds what it gave last until it has the next one.
+        for index in range(num_groups):
+            out, log_sum = next(attended)
             log_sums.append(log_sum)
             projected.let_go(index)
             out = out.transpose(1, 2).flatten(2).flatten(0, 1)
@@ -176,9 +178,8 @@ class AttentionHalf:
         found = self._attention.backward_groups(
             map(of_group, range(num_groups)), self._options, positions.documents, ahead
         )
-        for index, grads in enumerate(found):
-            projected.put_grads(index, grads, sums)
-            del grads
+        for index in range(num_groups):
+            projected.put_grads(index, next(found), sums)
 
     def project_backward(
         self, projected: ProjectedHeads, tile: slice, hidden: Tensor, grad: Tensor, sums: WeightSums

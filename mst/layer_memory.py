@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from .checkpoint_store import CheckpointStore, Fetched, Kept
 from .gradient_owner import GradientOwner
 from .pinned_slab import PinnedSlab
 from .placement import Placement
+from .rebuilt_inputs import RebuiltInputs, Rerun, alike
 
 
 class Rows:
@@ -76,42 +75,6 @@ class Places:
     attention: SavedAttention
 
 
-@dataclass(frozen=True)
-class Rerun:
-    """How a layer is called again, to rebuild its output without grad, as it was called in forward."""
-
-    module: nn.Module
-    forward: Callable
-    """The module's forward at that time: the handle may have been undone since."""
-    shape: torch.Size
-    args: tuple
-    kwargs: dict
-    autocast: tuple[str, torch.dtype] | None
-    """Device and dtype, if autocast was on."""
-
-    def __call__(self, flat: Tensor) -> Tensor:
-        """From `(B x S, D)` to the same."""
-        device, dtype = self.autocast or (flat.device.type, None)
-        autocast = torch.autocast(device, dtype, enabled=dtype is not None, cache_enabled=False)
-        # By the module itself, so that hooks that gather its weights (ZeRO-3) fire.
-        with torch.no_grad(), autocast, _with_forward(self.module, self.forward):
-            out = self.module(flat.view(self.shape), *self.args, **self.kwargs)
-        return out.reshape(flat.shape)
-
-
-@contextmanager
-def _with_forward(module: nn.Module, forward: Callable) -> Iterator[None]:
-    of_instance = module.__dict__.get("forward")
-    module.forward = forward
-    try:
-        yield
-    finally:
-        if of_instance is None:
-            del module.forward
-        else:
-            module.forward = of_instance
-
-
 @dataclass
 class Contents:
     """Tensors by name: on the device, for autograd to save, and on the host."""
@@ -136,9 +99,7 @@ class LayerMemory:
         """Keep one tensor."""
         contents, last = self.contents, self._pass.last_on_host
         if on_host:
-            below = last.get(name)
-            if below is not None and (below.shape, below.dtype) != (tensor.shape, tensor.dtype):
-                below = None
+            below = alike(last.get(name), tensor)
             contents.host[name] = last[name] = self._pass.store.keep(tensor, below)
         else:
             last.pop(name, None)
@@ -167,20 +128,23 @@ class LayerMemory:
         """One of the tensors kept, or None."""
         if name in saved:
             return Rows(saved[name])
-        if name not in self.contents.host:
-            return None
-        fetched = self._pass.store.fetch(self.contents.host[name])
-        return Rows(fetched.tensor, fetched)
+        return self._fetch(self.contents.host[name]) if name in self.contents.host else None
 
     def input(self, saved: dict[str, Tensor]) -> Rows:
         """The layer's input."""
-        start = self._pass.start_of(self.index)
-        if start == self.index:
+        this_pass, index = self._pass, self.index
+        if this_pass.start_of(index) == index:
             return self.rows("input", saved)
-        if self.index not in self._pass.rebuilt:
-            self._pass.rebuild(start, self.index, self.rows("input", saved).whole())
+        if index not in this_pass.rebuilt:
+            on_host = self.contents.host.get("input")
+            this_pass.rebuild(index, lambda: self.rows("input", saved).whole(), on_host)
         # Taken, so that it is freed with this layer; a second backward rebuilds it.
-        return Rows(self._pass.rebuilt.pop(self.index))
+        rebuilt = this_pass.rebuilt.take(index)
+        return Rows(rebuilt) if isinstance(rebuilt, Tensor) else self._fetch(rebuilt)
+
+    def _fetch(self, kept: Kept) -> Rows:
+        fetched = self._pass.store.fetch(kept)
+        return Rows(fetched.tensor, fetched)
 
 
 def log_sum_name(group: int) -> str:
@@ -193,7 +157,7 @@ class OpenMemory:
 
     def __init__(self, memory: LayerMemory, saved: dict[str, Tensor]) -> None:
         self.input = memory.input(saved)
-        self.freed_inputs = memory._pass.inputs_on_gpu_above(memory.index)
+        self.freed_inputs = memory._pass.freed_inputs(memory.index)
         self.attended: Rows | None = None
         self.projected: Tensor | None = saved.get("projected")
         self.joined: Tensor | None = saved.get("joined")
@@ -234,7 +198,7 @@ class Pass:
         self.store = store
         # Weak, so that what a layer keeps goes with that layer.
         self.last_on_host: weakref.WeakValueDictionary[str, Kept] = weakref.WeakValueDictionary()
-        self.rebuilt: dict[int, Tensor] = {}
+        self.rebuilt = RebuiltInputs(store)
         self._places, self._num_layers, self._first = places, num_layers, first
         self._reruns: list[Rerun] = []
         self._starts: list[int] = []
@@ -254,10 +218,9 @@ class Pass:
             return "nothing"
         return "all" if attention.everything and where == "gpu" else "output"
 
-    def inputs_on_gpu_above(self, index: int) -> int:
-        """Inputs on the GPU of layers whose backward is over by the time of this one's."""
-        where = self._places.inputs.where
-        return sum(where(above, self._num_layers) == "gpu" for above in range(index + 1, self._num_layers))
+    def freed_inputs(self, index: int) -> int:
+        """Inputs fewer than after forward that are on the GPU, by the time of this layer's backward."""
+        return self._places.inputs.freed_inputs(index, self._num_layers)
 
     def start_of(self, index: int) -> int:
         """The nearest layer at or below whose input is kept."""
@@ -270,7 +233,10 @@ class Pass:
         memory = LayerMemory(self, index)
         placement = self._places.inputs
         if placement.is_kept(index) or not self._is_given(hidden):
-            memory.put("input", hidden, on_host=placement.place(index, self._num_layers) == "host")
+            on_host = placement.place(index, self._num_layers) == "host"
+            memory.put("input", hidden, on_host=on_host)
+            if on_host:
+                self.rebuilt.add_slot(memory.contents.host["input"])
             self._start = memory.contents.copy()
             self._starts.append(index)
         else:
@@ -298,10 +264,10 @@ class Pass:
         for name, tensor in kept.items():
             memory.put(name, tensor, on_host=on_host)
 
-    def rebuild(self, start: int, stop: int, hidden: Tensor) -> None:
-        """Run layers `start` to `stop` again, keeping what each of those above begins with."""
-        for index in range(start, stop):
-            hidden = self.rebuilt[index + 1] = self._reruns[index - self._first](hidden)
+    def rebuild(self, index: int, kept: Callable[[], Tensor], on_host: Kept | None) -> None:
+        """Make the inputs up to this layer's again, from the nearest that was kept, and maybe on the host."""
+        start = self.start_of(index)
+        self.rebuilt.make(start, self._reruns[start - self._first : index - self._first], kept, on_host)
 
 
 class Chain:
@@ -329,7 +295,9 @@ class Chain:
     def _new_pass(self, index: int, hidden: Tensor, attended_width: int) -> Pass:
         places = self._choose(hidden, attended_width)
         layers = range(index, self._num_layers)
-        num_inputs = sum(places.inputs.where(layer, self._num_layers) == "host" for layer in layers)
+        # The first layer's input is kept in any case.
+        kept = [layer for layer in layers if layer == index or places.inputs.is_kept(layer)]
+        num_inputs = sum(places.inputs.place(layer, self._num_layers) == "host" for layer in kept)
         num_saved = sum(places.attention.where(layer, self._num_layers) == "host" for layer in layers)
         num_bytes = num_inputs * hidden.nbytes
         num_bytes += num_saved * hidden.shape[0] * attended_width * hidden.itemsize

@@ -44,6 +44,10 @@ class PlaceChooser:
     _said: Places | None = None
     _said_bytes: int = 0
 
+    def __post_init__(self) -> None:
+        if isinstance(self.inputs, Placement):
+            self.inputs.check_layers(self.num_layers)
+
     def __call__(self, hidden: Tensor, attended_width: int) -> Places:
         """Places for a pass over `(B x S, D)`."""
         places = self._choose(hidden, attended_width)
@@ -88,7 +92,7 @@ class PlaceChooser:
 
     def _say(self, places: Places, hidden: Tensor) -> None:
         layers = range(self.num_layers)
-        inputs = [places.inputs.where(index, self.num_layers) for index in layers]
+        inputs = places.inputs.all_places(self.num_layers)
         saved = [places.attention.where(index, self.num_layers) for index in layers]
         logger.info(
             "inputs of %d layers, %s each: %d on the GPU, %d in host memory, %d rebuilt; attention's output: "

@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Literal
 
 import psutil
+
+from .segments import fewest_waiting, kept_layers, rebuilt_on_host
 
 Where = Literal["gpu", "host", "rebuild"]
 
@@ -25,17 +28,23 @@ class Placement:
         every: Only layers 0, `every`, 2 x `every`, ... keep their input; those between are rebuilt in
             backward by running forward again from the nearest kept one below.
         host: Inputs kept below the last `gpu_layers` wait in host memory; False keeps all on the GPU.
+            Rebuilt ones wait where inputs of layers whose backward is over have left room on the host, or
+            else on the GPU.
+        kept: In the place of `every`, the layers that keep their input, from layer 0 upward (`kept_layers`).
     """
 
     gpu_layers: int = 1
     every: int = 1
     host: bool = True
+    kept: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         _require_int("gpu_layers", self.gpu_layers, 0)
         _require_int("every", self.every, 1)
         if not isinstance(self.host, bool):
             raise ValueError(f"host={self.host!r} must be True or False.")
+        if self.kept is not None:
+            self._check_kept()
 
     def where(self, layer_index: int, num_layers: int) -> Where:
         """Where the input of layer `layer_index` (from 0) of `num_layers` waits.
@@ -49,15 +58,109 @@ class Placement:
 
     def is_kept(self, layer_index: int) -> bool:
         """Whether that layer keeps its input, and is not rebuilt."""
-        return layer_index % self.every == 0
+        return layer_index % self.every == 0 if self.kept is None else layer_index in self.kept
+
+    @property
+    def rebuilds(self) -> bool:
+        """Whether it may be that not every layer keeps its input."""
+        return self.every > 1 or self.kept is not None
 
     def place(self, layer_index: int, num_layers: int) -> Literal["gpu", "host"]:
         """Where that layer's input would wait, were it kept."""
         return "gpu" if not self.host or layer_index >= num_layers - self.gpu_layers else "host"
 
+    def all_places(self, num_layers: int) -> tuple[Where, ...]:
+        """`where` of each layer.
+
+        Raises:
+            ValueError: A layer of `kept` is not there.
+        """
+        return _all_places(self, num_layers)
+
     def count(self, where: Where, num_layers: int) -> int:
         """How many of `num_layers` layers have their input there."""
-        return sum(self.where(index, num_layers) == where for index in range(num_layers))
+        return self.all_places(num_layers).count(where)
+
+    def waits(self, num_layers: int) -> tuple[Literal["gpu", "host"], ...]:
+        """Where each layer's input is before its backward, rebuilt ones too."""
+        return _waits(self, num_layers)
+
+    def rebuilt_beside(self, num_layers: int) -> tuple[int, ...]:
+        """Of each layer's backward: rebuilt inputs on the GPU that wait for the backwards below it."""
+        return _rebuilt_beside(self, num_layers)
+
+    def freed_inputs(self, layer_index: int, num_layers: int) -> int:
+        """How many inputs fewer than after forward wait on the GPU when that layer's backward runs."""
+        above = self.all_places(num_layers)[layer_index + 1 :].count("gpu")
+        return above - self.rebuilt_beside(num_layers)[layer_index]
+
+    def check_layers(self, num_layers: int) -> None:
+        """Raise a ValueError where a layer of `kept` is none of the model's."""
+        if self.kept is not None and self.kept[-1] >= num_layers:
+            raise ValueError(
+                f"kept={self.kept} names layer {self.kept[-1]}, and the model has {num_layers}, from 0 to "
+                f"{num_layers - 1}; kept_layers({num_layers}, ...) names layers that it has."
+            )
+
+    def _check_kept(self) -> None:
+        is_tuple = isinstance(self.kept, tuple) and all(type(index) is int for index in self.kept)
+        if not is_tuple or self.kept[:1] != (0,) or sorted({*self.kept}) != [*self.kept]:
+            raise ValueError(
+                f"kept={self.kept!r} must be a tuple of layers that rises from 0 (layer 0 has none below it "
+                "to be rebuilt from), as kept_layers makes it."
+            )
+        if self.every != 1:
+            raise ValueError(f"kept={self.kept} takes the place of every={self.every}; leave that at 1.")
+
+
+@lru_cache(maxsize=1024)
+def _all_places(placement: Placement, num_layers: int) -> tuple[Where, ...]:
+    placement.check_layers(num_layers)
+    return tuple(placement.where(index, num_layers) for index in range(num_layers))
+
+
+@lru_cache(maxsize=1024)
+def _waits(placement: Placement, num_layers: int) -> tuple[Literal["gpu", "host"], ...]:
+    places = placement.all_places(num_layers)
+    starts = [index for index, place in enumerate(places) if place != "rebuild"]
+    found: list[Literal["gpu", "host"]] = []
+    for start, stop in zip(starts, [*starts[1:], num_layers], strict=True):
+        on_host = rebuilt_on_host(start, stop, places[stop:].count("host"))
+        found.append(placement.place(start, num_layers))
+        found += ["host" if index in on_host else "gpu" for index in range(start + 1, stop)]
+    return tuple(found)
+
+
+@lru_cache(maxsize=1024)
+def _rebuilt_beside(placement: Placement, num_layers: int) -> tuple[int, ...]:
+    found: list[int] = []
+    waiting = 0
+    for place, waits in zip(placement.all_places(num_layers), placement.waits(num_layers), strict=True):
+        waiting = 0 if place != "rebuild" else waiting
+        found.append(waiting)
+        waiting += place == "rebuild" and waits == "gpu"
+    return tuple(found)
+
+
+@lru_cache(maxsize=1024)
+def spread_inputs(num_layers: int, on_gpu: int, on_host: int) -> Placement:
+    """The placement that rebuilds least with room for so many inputs beside that of the layer at work.
+
+    Args:
+        num_layers: Decoder layers.
+        on_gpu: Inputs that may wait on the GPU; these are filled first.
+        on_host: And on the host.
+
+    Raises:
+        ValueError: There is too little room (`fewest_waiting`).
+    """
+    waiting = min(on_gpu + on_host, num_layers - 1)
+    kept = kept_layers(num_layers, waiting)
+    if on_gpu >= waiting:
+        gpu_layers, host = num_layers, False
+    else:
+        gpu_layers, host = num_layers - kept[-1 - on_gpu], True
+    return Placement(gpu_layers, host=host, kept=None if len(kept) == num_layers else kept)
 
 
 def parse_placement(value: str | Placement) -> Placement | Literal["auto"] | None:
@@ -85,7 +188,7 @@ def parse_placement(value: str | Placement) -> Placement | Literal["auto"] | Non
         return Placement(gpu_layers=1)
     raise ValueError(
         f'checkpoints={value!r} must be "auto", "none", "gpu", "host" or a Placement('
-        "gpu_layers=..., every=..., host=...)."
+        "gpu_layers=..., every=..., host=..., kept=...)."
     )
 
 
@@ -100,8 +203,8 @@ def choose_placement(
     """The placement that rebuilds least and then copies least, of those that fit.
 
     All on the GPU if that fits. Else as many of the last layers as fit stay there, one at least, and the
-    rest waits in host memory. If host memory is too small for that, only each k-th input is kept, with the
-    smallest k that fits: keeping fewer costs (k-1)/k of a forward more, so k is no larger than it must be.
+    rest waits in host memory. If there is too little of both, as many inputs are kept as there is room for,
+    and the others are rebuilt once each (`kept_layers`).
 
     Args:
         num_layers: Decoder layers.
@@ -119,23 +222,18 @@ def choose_placement(
     _require_int("bytes_per_layer", bytes_per_layer, 0)
     _require_int("attention_bytes_per_layer", attention_bytes_per_layer, 0)
     kept_bytes = bytes_per_layer + attention_bytes_per_layer
-    for every in range(1, num_layers + 1):
-        num_kept = -(-num_layers // every)
-        # Backward holds all rebuilt inputs of a segment at once.
-        room = gpu_bytes - (every - 1) * bytes_per_layer
-        if room < 0:
-            break
-        on_gpu = num_kept if kept_bytes == 0 else min(num_kept, room // kept_bytes)
-        if on_gpu == num_kept:
-            return Placement(gpu_layers=num_layers, every=every, host=False)
-        if on_gpu > 0 and (num_kept - on_gpu) * kept_bytes <= host_bytes:
-            return Placement(gpu_layers=on_gpu * every, every=every)
+    if num_layers * kept_bytes <= gpu_bytes:
+        return spread_inputs(num_layers, num_layers, 0)
+    on_gpu, on_host = gpu_bytes // kept_bytes, host_bytes // kept_bytes
+    # The last layer's input never waits, and lies on the GPU.
+    if on_gpu > 0 and on_gpu - 1 + on_host >= fewest_waiting(num_layers):
+        return spread_inputs(num_layers, on_gpu - 1, on_host)
     raise ValueError(
         f"The checkpoints of {num_layers} layers, {gib(kept_bytes)} each ({gib(bytes_per_layer)} of input, "
         f"{gib(attention_bytes_per_layer)} of attention), fit neither {gib(gpu_bytes)} of GPU memory and "
-        f"{gib(host_bytes)} of host memory, nor do those of every k-th layer for any k; at least one must "
-        "fit the GPU. Use fewer tokens a GPU (a larger Ulysses degree, a shorter sequence), "
-        "save_attention=False, or a machine with more host memory for each GPU."
+        f"{gib(host_bytes)} of host memory, nor do {fewest_waiting(num_layers) + 1} of them, from which all "
+        "others can be rebuilt; at least one must fit the GPU. Use fewer tokens a GPU (a larger Ulysses "
+        "degree, a shorter sequence), save_attention=False, or a machine with more host memory for each GPU."
     )
 
 

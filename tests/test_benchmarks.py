@@ -450,14 +450,14 @@ def test_a_stubbed_layer_is_one_whose_attention_gives_zeros(decoder, groups: int
 def test_the_stub_takes_what_was_measured_of_the_kernel(decoder, kernel: str, measured_mib: int) -> None:
     query = torch.empty(1, 131072, 32, 128, dtype=torch.bfloat16, device="meta").transpose(1, 2)
     key = torch.empty(1, 131072, 8, 128, dtype=torch.bfloat16, device="meta").transpose(1, 2)
+    from longseq.launch.bench.stub_attention import workspace
+
     stub = decoder["decoder_probe"].StubAttention(kernel)
     [(out, lse)] = stub.forward_groups([(query, key, key)], None)
     [grads] = stub.backward_groups([(out, query, key, key, out, lse)], None)
     assert [grad.shape for grad in grads] == [query.shape, key.shape, key.shape]
     assert [grad.stride() for grad in (out, *grads)] == [t.stride() for t in (query, query, key, key)]
-    held = sum(
-        count * dtype.itemsize for count, dtype in decoder["decoder_probe"].workspace(kernel, query, key)
-    )
+    held = sum(count * dtype.itemsize for count, dtype in workspace(kernel, query, key, out))
     assert (held + sum(grad.nbytes for grad in grads)) / 2**20 == measured_mib
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from benchmark_modules import BENCHMARKS, imported
 
-NAMES = ("report", "plan_settings", "plan", "plan_table")
+NAMES = ("report", "lanes", "plan_settings", "plan", "plan_table")
 OFF_BY = 0.12
 
 

@@ -105,14 +105,17 @@ def test_a_rank_that_fails_leaves_a_row_that_says_so(tmp_path: Path) -> None:
 def test_time_of_communication_is_what_no_computing_hides(bench) -> None:
     comm = bench["sequence_parallel_comm"]
     kernels = [
-        comm.Kernel("gemm", 0, 4e6),
-        comm.Kernel("ncclDevKernel_SendRecv(args)", 3e6, 5e6),
-        comm.Kernel("ncclDevKernel_AllGather_RING_LL(args)", 4.5e6, 6e6),
-        comm.Kernel("flash", 7e6, 8e6),
-        comm.Kernel("gemm", 7.5e6, 9e6),
-        comm.Kernel("ncclDevKernel_ReduceScatter_Sum_bf16_RING_LL(args)", 7.2e6, 7.4e6),
-        comm.Kernel("Memcpy DtoH (Device -> Pinned)", 9e6, 9.5e6),
-        comm.Kernel("ncclDevKernel_AllReduce_Sum_f32_RING_LL(args)", 11e6, 12e6),
+        comm.Event(round(start * 1e9), round(end * 1e9), name)
+        for name, start, end in (
+            ("gemm", 0, 4),
+            ("ncclDevKernel_SendRecv(args)", 3, 5),
+            ("ncclDevKernel_AllGather_RING_LL(args)", 4.5, 6),
+            ("flash", 7, 8),
+            ("gemm", 7.5, 9),
+            ("ncclDevKernel_ReduceScatter_Sum_bf16_RING_LL(args)", 7.2, 7.4),
+            ("Memcpy DtoH (Device -> Pinned)", 9, 9.5),
+            ("ncclDevKernel_AllReduce_Sum_f32_RING_LL(args)", 11, 12),
+        )
     ]
     found = comm.times(kernels[::-1])
     top = found.pop("top")

@@ -38,7 +38,9 @@ def machine_now(world_size: int, device: torch.device) -> Machine:
     # of the group that ranks have met in, which the plan counts as well.
     own = machine.gpu.context_bytes + torch.cuda.memory_reserved(device)
     own += COMMUNICATOR_BYTES if world_size > 1 else 0
-    gpu = replace(machine.gpu, memory_bytes=total - max(0, total - free - own))
+    # Of a card that is taken to be smaller, others have as much.
+    size = min(total, machine.gpu.memory_bytes)
+    gpu = replace(machine.gpu, memory_bytes=size - max(0, total - free - own))
     host = min(machine.host_bytes, int(free_host_bytes() * HOST_SHARE))
     return replace(machine, gpu=gpu, host_bytes=host)
 

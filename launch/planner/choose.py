@@ -109,7 +109,8 @@ class Search:
         places = placements(way, whole.inputs, layers) if whole.stream else [whole.inputs]
         lines = savings(way, whole.attention, layers) if whole.stream else [[whole.attention]]
         lean = [replace(whole, inputs=inputs, attention=lines[0][0]) for inputs in places]
-        if not self.costs.fits(lean[-1]):
+        # The last takes least of the card; of the host it takes most, and one before may fit.
+        if self.costs.memory(lean[-1]).reserved_bytes > self.costs.card_room:
             return
         for placed in lean:
             bound = self.costs.price(replace(placed, attention=whole.attention))
@@ -137,14 +138,16 @@ class Search:
             wholes = whole_knobs(way, self.work, num_gpus)
             for stream in dict.fromkeys(whole.stream for whole in wholes):
                 last = [whole for whole in wholes if whole.stream == stream][-1]
-                for whole in wholes:
-                    if _tiling(whole) != _tiling(last) or whole.stream != stream:
+                for whole in (one for one in wholes if one.stream == stream):
+                    # All inputs or the fewest: what is between takes no less of the card or of the host.
+                    if _tiling(whole) != _tiling(last) or whole.inputs not in (wholes[0].inputs, last.inputs):
                         continue
                     if stream and way.sequence.save_attention == "auto":
                         whole = replace(whole, attention=NOTHING)
                     yield way, whole
-                    if stream and (inputs := placements(way, whole.inputs, self.work.num_layers)[1:]):
-                        yield way, replace(whole, inputs=inputs[-1])
+                    if stream:
+                        moved = placements(way, whole.inputs, self.work.num_layers)[1:]
+                        yield from ((way, replace(whole, inputs=inputs)) for inputs in moved)
 
 
 def _tiling(knobs: Knobs) -> tuple[int, int | None]:

@@ -76,5 +76,5 @@ def complexity(knobs: Knobs) -> int:
         + (knobs.head_groups > 1)
         + knobs.inputs.host
         + knobs.attention.host
-        + (knobs.inputs.every > 1)
+        + knobs.inputs.rebuilds
     )

@@ -10,7 +10,8 @@ import torch
 
 from ...apollo import Apollo
 from ...mst.layer_places import ALL_ON_GPU
-from ...mst.placement import Placement
+from ...mst.placement import Placement, spread_inputs
+from ...mst.segments import fewest_waiting
 from .inside import NOTHING, TILES, possible_groups, with_parallel
 from .knobs import Knobs
 from .workload import Weight, Workload
@@ -89,26 +90,38 @@ def _of_processes(plan: Plan) -> Iterator[Idea]:
 
 
 def _of_streamed_layers(plan: Plan) -> Iterator[Idea]:
-    knobs, inputs = plan.knobs, plan.knobs.inputs
-    if not inputs.host or inputs.gpu_layers > 1:
-        values: dict[str, object] = {"sequence.checkpoints": "host"}
-        if inputs.every > 1:
-            values["sequence.checkpoint_every"] = inputs.every
-        yield Idea("checkpoints", values, replace(knobs, inputs=Placement(1, inputs.every)))
-    every = 2 * inputs.every
-    if every <= plan.work.num_layers:
-        rarer = Placement(1, every) if inputs.host else replace(inputs, every=every)
-        values = {
-            "sequence.checkpoints": "host" if inputs.host else "gpu",
-            "sequence.checkpoint_every": every,
-        }
-        yield Idea("checkpoints", values, replace(knobs, inputs=rarer))
+    knobs = plan.knobs
+    if plan.knobs.inputs.kept is None:  # else it is auto's, which tries them all
+        yield from _of_inputs(plan)
     if knobs.attention != NOTHING:
         none = replace(knobs, attention=NOTHING)
         yield Idea("attention", {"sequence.save_attention": "none"}, none)
     for groups in possible_groups(plan.work, knobs.ulysses_degree):
         if groups > knobs.head_groups:
             yield Idea("head groups", {"sequence.head_groups": groups}, replace(knobs, head_groups=groups))
+
+
+def _of_inputs(plan: Plan) -> Iterator[Idea]:
+    knobs, inputs, layers = plan.knobs, plan.knobs.inputs, plan.work.num_layers
+    if not inputs.host or inputs.gpu_layers > 1:
+        values: dict[str, object] = {"sequence.checkpoints": "host"}
+        if inputs.every > 1:
+            values["sequence.checkpoint_every"] = inputs.every
+        yield Idea("checkpoints", values, replace(knobs, inputs=Placement(1, inputs.every)))
+    every = 2 * inputs.every
+    if every <= layers:
+        rarer = Placement(1, every) if inputs.host else replace(inputs, every=every)
+        values = {
+            "sequence.checkpoints": "host" if inputs.host else "gpu",
+            "sequence.checkpoint_every": every,
+        }
+        yield Idea("checkpoints", values, replace(knobs, inputs=rarer))
+    if plan.config.sequence.checkpoints != "auto":
+        fewest = spread_inputs(layers, 0, fewest_waiting(layers))
+        values = {"sequence.checkpoints": "auto"}
+        if inputs.every > 1:
+            values["sequence.checkpoint_every"] = 1
+        yield Idea("checkpoints", values, replace(knobs, inputs=fewest))
 
 
 def _of_tiles(plan: Plan) -> Iterator[Idea]:

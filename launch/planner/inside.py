@@ -8,7 +8,8 @@ from itertools import product
 
 from ...mst.layer_memory import SavedAttention
 from ...mst.layer_places import ALL_ON_GPU
-from ...mst.placement import Placement
+from ...mst.placement import Placement, spread_inputs
+from ...mst.segments import fewest_waiting
 from ...mst.tiling import MAX_TILE_TOKENS, MIN_TILE_TOKENS, TILE_MULTIPLE, number_of_tiles
 from ..config import RunConfig
 from .knobs import Knobs
@@ -16,11 +17,11 @@ from .workload import Workload
 
 TILES = (MAX_TILE_TOKENS, 16384, 8192, MIN_TILE_TOKENS)
 """Tokens that a tile may have; under the least, products leave the GPU idle (see mst/tiling.py)."""
-EVERY = (1, 2, 4, 8)
-"""How few layers' inputs may be kept: with one in eight, all but an eighth of a forward is run once more, and
-what is left to save is small."""
+KEPT_EIGHTHS = (6, 4, 3, 2)
+"""So many eighths of the inputs may be kept, where not all are, down to the fewest that spare layers a second
+rebuilding."""
 SHARES = 8
-"""Inputs are kept on the GPU of so many eighths of the layers: in between there is little to win."""
+"""Of those that are kept, so many eighths may be on the GPU: in between there is little to win."""
 NOTHING = SavedAttention()
 
 
@@ -115,33 +116,40 @@ def refuse_groups(config: RunConfig, work: Workload) -> None:
     Raises:
         ValueError: They do not divide the key/value heads, or have fewer query heads than ranks.
     """
-    asked, heads = config.sequence.head_groups, work.layer.heads
+    asked = config.sequence.head_groups
     if asked == "auto" or True not in _streams(config):
         return
     degree = config.parallel.ulysses_degree
     ranks = 1 if degree == "auto" else degree
-    keys = heads.num_kv_heads
-    fitting = [n for n in range(1, keys + 1) if keys % n == 0 and heads.num_heads // n >= ranks]
+    fitting = possible_groups(work, ranks)
     if asked not in fitting:
         shared = f", or leaves a group fewer query heads than {ranks} processes need" if ranks > 1 else ""
         raise ValueError(
-            f"sequence.head_groups={asked} does not divide the model's {keys} key/value heads{shared}; use "
+            f"sequence.head_groups={asked} does not divide the model's "
+            f"{work.layer.heads.num_kv_heads} key/value heads{shared}; use "
             f"{', '.join(map(str, fitting)) or 'fewer processes a sequence'} or auto."
         )
 
 
 def possible_groups(work: Workload, degree: int) -> list[int]:
-    """Numbers of groups that ranks share as evenly as all heads, fewest first."""
-    heads = work.shape.num_kv_heads
-    return [n for n in range(1, heads + 1) if heads % (n if n == 1 else n * degree) == 0]
+    """Numbers of groups, fewest first: each has whole key/value heads, and a query head for every rank."""
+    heads, keys = work.layer.heads.num_heads, work.layer.heads.num_kv_heads
+    return [n for n in range(1, keys + 1) if keys % n == 0 and heads // n >= degree]
 
 
 def _whole_inputs(config: RunConfig, num_layers: int) -> list[Placement]:
     sequence = config.sequence
     if sequence.checkpoints == "auto":
-        return [Placement(0, every, host=False) for every in EVERY if every == 1 or every <= num_layers]
+        return [ALL_ON_GPU, *(spread_inputs(num_layers, count, 0) for count in _fewer_inputs(num_layers))]
     on_host = sequence.checkpoints == "host"
     return [Placement(1 if on_host else 0, sequence.checkpoint_every, host=on_host)]
+
+
+def _fewer_inputs(num_layers: int) -> list[int]:
+    """Inputs that may wait where not all are kept, most first."""
+    fewest, all_wait = fewest_waiting(num_layers), num_layers - 1
+    counts = {fewest, *(max(fewest, all_wait * eighths // 8) for eighths in KEPT_EIGHTHS)}
+    return sorted(counts - {all_wait}, reverse=True)
 
 
 def _whole_attention(config: RunConfig, num_layers: int) -> SavedAttention:
@@ -156,10 +164,11 @@ def _whole_attention(config: RunConfig, num_layers: int) -> SavedAttention:
 
 def placements(config: RunConfig, whole: Placement, num_layers: int) -> list[Placement]:
     """Where inputs may wait, from all on the GPU to all but one layer's on the host."""
-    if config.sequence.checkpoints != "auto":
+    waiting = whole.count("gpu", num_layers) - 1
+    if config.sequence.checkpoints != "auto" or waiting == 0:
         return [whole]
-    on_gpu = sorted({max(1, num_layers * eighths // SHARES) for eighths in range(SHARES)}, reverse=True)
-    return [whole, *(Placement(layers, whole.every, host=True) for layers in on_gpu if layers < num_layers)]
+    on_gpu = sorted({waiting * eighths // SHARES for eighths in range(SHARES)}, reverse=True)
+    return [whole, *(spread_inputs(num_layers, count, waiting - count) for count in on_gpu)]
 
 
 def savings(config: RunConfig, whole: SavedAttention, num_layers: int) -> list[list[SavedAttention]]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
@@ -19,6 +21,8 @@ HOST_BYTES_A_GPU = 128 * 2**30
 """Of a machine that is only named, unless it is said."""
 HOST_SHARE = 0.85
 """Of the host's memory, what a run is planned with: the system, the data and other programs have the rest."""
+GPU_LIMIT, HOST_LIMIT = "LONGSEQ_GPU_BYTES", "LONGSEQ_HOST_BYTES"
+"""Variables of the environment: what this machine is taken to have at most, of each GPU and of the host."""
 
 
 @dataclass(frozen=True)
@@ -126,8 +130,34 @@ def this_machine(num_gpus: int) -> Machine | None:
     properties = torch.cuda.get_device_properties(torch.cuda.current_device())
     local = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE")
     per_node = min(int(local) if local else torch.cuda.device_count(), num_gpus)
-    found = gpu_of(properties.name, properties.total_memory, properties.multi_processor_count)
-    return Machine(found, num_gpus, per_node, int(host_limit_bytes() * HOST_SHARE))
+    gpu_bytes = _limited(properties.total_memory, GPU_LIMIT)
+    found = gpu_of(properties.name, gpu_bytes, properties.multi_processor_count)
+    return Machine(found, num_gpus, per_node, int(_limited(host_limit_bytes(), HOST_LIMIT) * HOST_SHARE))
+
+
+@contextmanager
+def taken_to_have(gpu_bytes: int | None, host_bytes: int | None) -> Iterator[None]:
+    """Have this process's machine be planned with less than it has; None leaves what there is.
+
+    Args:
+        gpu_bytes: Of each GPU, CUDA's context included.
+        host_bytes: Of each node.
+    """
+    given = {GPU_LIMIT: gpu_bytes, HOST_LIMIT: host_bytes}
+    earlier = {name: os.environ.get(name) for name in given}
+    os.environ.update({name: str(size) for name, size in given.items() if size is not None})
+    try:
+        yield
+    finally:
+        for name, value in earlier.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
+
+
+def _limited(num_bytes: int, variable: str) -> int:
+    limit = os.environ.get(variable)
+    return num_bytes if limit is None else min(num_bytes, int(limit))
 
 
 def gpu_of(

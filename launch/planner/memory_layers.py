@@ -7,12 +7,12 @@ attention's output, and queries, keys and values where they are all at once.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from ...mst.projections import MOST_GROUPS_AT_ONCE
 from .knobs import Knobs
-from .memory_sizes import Sizes, attending, kernel_workspace
+from .memory_sizes import Sizes, attending, exchanges_in_turn, kernel_workspace
 from .workload import Workload
 
 Keeps = Literal["nothing", "fetched", "output", "all"]
@@ -50,8 +50,7 @@ class LayerMemory:
         self._numel = work.numel(layer=layer)
         self._numbers = work.compute_bytes
         self._weight_bytes = work.weight_bytes(knobs.zero_stage)
-        # The input's gradient takes the output's place; under ZeRO-3 a hook of DeepSpeed's holds on to that.
-        self._through = sizes.hidden * (2 if knobs.zero_stage == 3 else 1)
+        self._through = sizes.hidden  # the input's gradient takes the output's place
         self._gradients = work.numel(layer=layer, trained=True) - work.numel(
             "adapter", layer=layer, trained=True
         )
@@ -61,12 +60,13 @@ class LayerMemory:
         self.at_once = num_groups <= MOST_GROUPS_AT_ONCE or not sliceable
         self.shares = knobs.ulysses_degree > 1
         self.shared = attending(sizes, work.layer.heads, knobs.ulysses_degree, num_groups)
+        self.in_turn = exchanges_in_turn(work.layer.heads, knobs.ulysses_degree, num_groups)
 
     @property
     def copies(self) -> int:
         """Of weights: in the dtype of products where they have another, and q, k and v as one matrix."""
         cast = self._numel * self._numbers if self._weight_bytes != self._numbers else 0
-        return cast + self._projections * self._numbers // (1 if self.at_once else self.num_groups)
+        return cast + self._projections * self._numbers
 
     @property
     def gradients(self) -> int:
@@ -77,22 +77,12 @@ class LayerMemory:
 
     def forward(self, keeps: Keeps) -> LayerMoment:
         """A layer's forward; its input, and what it keeps on the GPU, are counted by those who hold them."""
-        sizes, groups = self.sizes, self.num_groups
-        of_attention = sizes.queries + sizes.log_sums
-        if self.at_once:
-            tensors = sizes.heads + of_attention + self._normed_heads(1)
-        else:  # normalised tokens stay for all groups; enumerate holds the output of the group before
-            tensors = sizes.input + of_attention + (sizes.heads + 2 * sizes.queries) // groups
-        if keeps == "all":
-            tensors -= sizes.heads
-        if keeps in ("output", "all"):
-            tensors -= of_attention
-        attention = LayerMoment(max(tensors, 0), exchange=self._forward_exchange(), weights=self.copies)
+        sizes = self.sizes
         # Where attention's output is not kept, the layer's may take its place.
         reuses = keeps == "nothing" and sizes.queries == sizes.hidden
-        attended = of_attention if keeps in ("nothing", "fetched") else 0
+        attended = sizes.queries + sizes.log_sums if keeps in ("nothing", "fetched") else 0
         mlp = attended + (0 if reuses else sizes.hidden) + self._tile_forward()
-        return max(attention, LayerMoment(mlp, weights=self.copies), key=lambda one: one.total)
+        return _largest(self._attending(keeps), LayerMoment(mlp, weights=self.copies))
 
     def mlp(self, keeps: Keeps) -> LayerMoment:
         """The MLP half's backward."""
@@ -112,7 +102,7 @@ class LayerMemory:
 
     def attention(self, keeps: Keeps) -> LayerMoment:
         """Attention's backward."""
-        sizes, groups = self.sizes, self.num_groups
+        sizes, groups, left = self.sizes, self.num_groups, 0
         tensors = self._through + self._attended_grad + self._normed_heads(groups)
         if keeps == "nothing":
             tensors += sizes.queries + sizes.log_sums
@@ -122,22 +112,41 @@ class LayerMemory:
         else:  # queries' gradients take the place of attention's output, but not of a saved one
             tensors += sizes.key_values + (sizes.queries if keeps == "output" else 0)
             tensors += sizes.heads // groups
+            if self.in_turn and not self.work.layer.norms_heads:
+                left = sizes.heads // groups  # once they are sent
         if self.work.layer.norms_whole:
             # Normalised queries and keys, and gradients beside what was projected.
             tensors += sizes.queries + sizes.key_values // 2 + sizes.key_values
             tensors += 0 if keeps in ("nothing", "fetched") else sizes.queries
-        exchange = 0
+        kernel, exchange = self.kernel_workspace(), 0
+        finished = self._mlp_half * self._weight_bytes
+        weights = self.copies + finished + self._adapter_sums()
         if self.shares:
             exchange = self._backward_exchange(keeps)
         else:  # the group's gradients, into it and out
             incoming = 0 if self._attended_grad else sizes.queries
             tensors += (incoming + sizes.heads) // groups
-        if groups > (2 if self.shares else 1):
-            # Python's enumerate holds what it gave last, a group's gradients, until it has the next ones.
-            tensors += sizes.heads // groups
-        kernel = self.kernel_workspace()
-        finished = self._mlp_half * self._weight_bytes
-        return LayerMoment(tensors, kernel, exchange, self.copies + finished + self._adapter_sums())
+        moments = [LayerMoment(tensors - left, kernel, exchange, weights)]
+        if self.in_turn and keeps != "all":
+            moments.append(LayerMoment(tensors, 0, self._departure(), weights))
+        if keeps == "nothing":
+            again = self._attending(keeps)
+            moments.append(replace(again, tensors=again.tensors + self._through))
+        return _largest(*moments)
+
+    def _attending(self, keeps: Keeps) -> LayerMoment:
+        """Attention of a forward."""
+        sizes, groups = self.sizes, self.num_groups
+        of_attention = sizes.queries + sizes.log_sums
+        if self.at_once:
+            tensors = sizes.heads + of_attention + self._normed_heads(1)
+        else:  # normalised tokens stay for all groups
+            tensors = sizes.input + of_attention + (sizes.heads + sizes.queries) // groups
+        if keeps == "all":
+            tensors -= sizes.heads
+        if keeps in ("output", "all"):
+            tensors -= of_attention
+        return LayerMoment(max(tensors, 0), exchange=self._forward_exchange(), weights=self.copies)
 
     def kernel_workspace(self) -> int:
         """Of attention's backward."""
@@ -149,8 +158,12 @@ class LayerMemory:
         """The projections' backward, tile by tile: all of the layer's gradients are there or being summed."""
         sizes = self.sizes
         tile = 2 * sizes.input * sizes.tile // max(sizes.tokens, 1)
-        tensors = self._through + sizes.heads + tile
-        tensors += sizes.queries + sizes.log_sums if keeps == "nothing" else 0
+        tensors = self._through + tile
+        if keeps == "nothing":
+            tensors += sizes.queries + sizes.log_sums
+        # As in attention's backward, queries' gradients may take the place of attention's output.
+        beside = sizes.queries if self.at_once or keeps == "output" else 0
+        tensors += sizes.key_values + beside
         sums = 0 if self.work.has_adapters else 4 * self._projections
         finished = self._mlp_half * self._weight_bytes
         return LayerMoment(tensors, weights=self.copies + finished + sums + self._adapter_sums())
@@ -210,16 +223,28 @@ class LayerMemory:
         if not self.shares:
             return 0
         sizes, groups = self.shared, self.num_groups
+        if self.in_turn:
+            return 2 * sizes.heads // groups
         here = sizes.heads + sizes.queries
         beside = 2 * max(sizes.heads, sizes.queries) if groups > 1 else 0
         return (here + beside) // groups
+
+    def _departure(self) -> int:
+        """Of a group that goes to other ranks for its backward: packed, received, and its gradient."""
+        sent = self.shared.heads + 2 * self.shared.queries
+        incoming = 0 if self._attended_grad else self.sizes.queries
+        return (2 * sent + incoming) // self.num_groups
 
     def _backward_exchange(self, keeps: Keeps) -> int:
         sizes, groups = self.shared, self.num_groups
         sent = sizes.heads + 2 * sizes.queries  # queries, keys, values, output and its gradient
         here = sent + sizes.heads  # and the gradients of the heads that this rank attends with
-        beside = 2 * sent if groups > 1 else 0
+        beside = 2 * sent if groups > 1 and not self.in_turn else 0
         if keeps == "all":  # all but the gradient went ahead, of all groups
             beside = 2 * (sizes.heads + sizes.queries) * (groups - 1)
             beside += 2 * sizes.queries if groups > 1 else 0
         return (here + beside) // groups
+
+
+def _largest(*moments: LayerMoment) -> LayerMoment:
+    return max(moments, key=lambda one: one.total)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from ...distributed.blockwise_attention import BLOCK_ELEMENTS
-from ...distributed.head_plan import plan_heads
+from ...distributed.head_plan import HeadPlan, plan_heads
 from ...mst.projections import HeadShape
 from .knobs import Knobs
 from .workload import Kernel, Workload
@@ -68,10 +68,10 @@ def attending(sizes: Sizes, heads: HeadShape, degree: int, num_groups: int) -> S
     With heads for all ranks alike they are what they were. Else one rank has more queries than another, or
     several have the same key/value head.
     """
-    queries, keys = heads.num_heads // num_groups, heads.num_kv_heads // num_groups
-    if degree == 1 or queries < degree or not keys:  # refused where the layers are made
+    plan = group_plan(heads, degree, num_groups)
+    if plan is None:
         return sizes
-    plan = plan_heads(queries, keys, degree)
+    queries, keys = heads.num_heads // num_groups, heads.num_kv_heads // num_groups
     most_queries, most_keys = max(plan.queries.counts), max(plan.keys.counts)
     return replace(
         sizes,
@@ -79,6 +79,21 @@ def attending(sizes: Sizes, heads: HeadShape, degree: int, num_groups: int) -> S
         key_values=sizes.key_values * degree * most_keys // keys,
         log_sums=sizes.log_sums * degree * most_queries // queries,
     )
+
+
+def group_plan(heads: HeadShape, degree: int, num_groups: int) -> HeadPlan | None:
+    """How ranks share one group of heads; None where there is one rank, or too many for the group.
+
+    Those are refused where the layers are made.
+    """
+    queries, keys = heads.num_heads // num_groups, heads.num_kv_heads // num_groups
+    return None if degree == 1 or queries < degree or not keys else plan_heads(queries, keys, degree)
+
+
+def exchanges_in_turn(heads: HeadShape, degree: int, num_groups: int) -> bool:
+    """Whether each group is exchanged by itself, none beside another's attention (distributed/ulysses.py)."""
+    plan = group_plan(heads, degree, num_groups)
+    return num_groups > 1 and plan is not None and plan.shares_keys
 
 
 def kernel_workspace(kernel: Kernel, sizes: Sizes, num_groups: int, query_to_key: int, numbers: int) -> int:

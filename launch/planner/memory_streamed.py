@@ -11,6 +11,7 @@ from .memory_step import Moment, Parts, Step
 FORWARD = "forward of a layer"
 ATTENTION, MLP = "backward of a layer's attention", "backward of a layer's MLP"
 PROJECTIONS, REDUCTION = "backward of a layer's projections", "reduction of a layer's gradients"
+REBUILDING = "rebuilding of layers"
 
 
 class StreamedLayers:
@@ -20,13 +21,15 @@ class StreamedLayers:
         self.step, self.work, self.knobs, self.sizes = step, step.work, step.knobs, step.sizes
         self._moments: dict[tuple[int, Keeps], tuple[tuple[str, LayerMoment], ...]] = {}
         num = self.work.num_layers
-        self.inputs = [self.knobs.inputs.where(index, num) for index in range(num)]
+        self.inputs = self.knobs.inputs.all_places(num)
+        self.rebuilt_beside = self.knobs.inputs.rebuilt_beside(num)
         self.attention = [self.knobs.attention.where(index, num) for index in range(num)]
         each = self.sizes.queries + self.sizes.log_sums
         if self.knobs.attention.everything:
             each += self.sizes.heads
             each += 0 if self.work.layer.post_attention_norm else self.sizes.hidden
         self._saved_bytes = each
+        self._layer = LayerMemory(self.work, self.knobs, self.sizes, self.knobs.head_groups)
 
     @property
     def kept_by_all(self) -> Parts:
@@ -49,6 +52,8 @@ class StreamedLayers:
         lingering = 0
         for index in range(last, -1, -1):
             kept, fetched = self._kept(num_inputs, num_saved), self._fetched(index)
+            if self.inputs[index] == "rebuild" and self.inputs[index + 1 : index + 2] != ("rebuild",):
+                yield self._rebuilding(index, gradients + lingering, kept)
             for name, moment in self._backward(index):
                 parts = (
                     ("gradients", gradients + lingering),
@@ -72,8 +77,7 @@ class StreamedLayers:
 
     def _forward(self) -> Moment:
         index = self.work.num_layers - 1
-        layer = LayerMemory(self.work, self.knobs, self.sizes, self.knobs.head_groups)
-        moment = layer.forward(self._keeps(index))
+        moment = self._layer.forward(self._keeps(index))
         incoming = 0 if self.inputs[index] == "gpu" else self.sizes.hidden
         # transformers' decoder holds the embedding's output until it is through.
         incoming += 0 if self.inputs[0] == "gpu" else self.sizes.hidden
@@ -86,6 +90,22 @@ class StreamedLayers:
             ("a layer's weight gradients and copies", moment.weights),
         )
         return Moment(FORWARD, parts, in_backward=self.knobs.accumulation > 1)
+
+    def _rebuilding(self, index: int, gradients: int, kept: Parts) -> Moment:
+        """A forward of the layer below, behind the others of the segment, before this layer's backward."""
+        moment = self._layer.forward("nothing")
+        own = 0 if self.inputs[index - 1] == "gpu" else self.sizes.hidden
+        parts = (
+            ("gradients", gradients),
+            ("gathered weights", self.step.held.gathered),
+            *kept,
+            ("inputs that have come back", own + self.rebuilt_beside[index - 1] * self.sizes.hidden),
+            # The layer's own, and the gradient that waits for it.
+            ("a layer's tensors", self.sizes.hidden + moment.tensors),
+            ("exchange between GPUs", moment.exchange),
+            ("a layer's weight gradients and copies", moment.weights),
+        )
+        return Moment(REBUILDING, parts, has_sums=index < self.work.num_layers - 1)
 
     def _reduction(self, index: int, waiting: int, kept: Parts) -> Moment:
         parts = (
@@ -120,15 +140,14 @@ class StreamedLayers:
         """Of a layer's backward: "auto" takes one where inputs that are gone have left room."""
         if not self.work.adapts_groups or self.knobs.head_groups == 1:
             return self.knobs.head_groups
-        freed = sum([where == "gpu" for where in self.inputs[index + 1 :]])
+        freed = self.knobs.inputs.freed_inputs(index, self.work.num_layers)
         one_sum = self.knobs.ulysses_degree == 1 or self.attention[index] is None
         return 1 if freed >= FREED_INPUTS and one_sum else self.knobs.head_groups
 
     def _fetched(self, index: int) -> int:
-        """What has come back from the host, or was rebuilt, for a layer's backward."""
+        """What has come back from the host, or was rebuilt, for a layer's backward and those below it."""
         size = self.sizes.hidden if self.inputs[index] != "gpu" else 0
-        # Of a segment, all rebuilt inputs below this layer's are there too.
-        size += max(0, index % self.knobs.inputs.every - 1) * self.sizes.hidden
+        size += self.rebuilt_beside[index] * self.sizes.hidden
         if self.attention[index] == "host":
             size += self.sizes.queries + self.sizes.log_sums
         return size

@@ -175,8 +175,9 @@ def _of_inputs(asked: RunConfig, knobs: Knobs) -> Iterator[Variant]:
     if not knobs.stream:
         yield Variant("streamed", replace(knobs, stream=True))
         return
-    if knobs.inputs.every > 1:
-        yield Variant("keeping every input", replace(knobs, inputs=replace(knobs.inputs, every=1)))
+    if knobs.inputs.rebuilds:
+        every_one = replace(knobs.inputs, every=1, kept=None)
+        yield Variant("keeping every input", replace(knobs, inputs=every_one))
     elif knobs.inputs.host:
         yield Variant("all on the GPU", replace(knobs, inputs=ALL_ON_GPU))
     elif asked.model.lora is None or asked.model.lora.dropout == 0:

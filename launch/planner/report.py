@@ -57,9 +57,13 @@ def print_plan(plan: Plan, notes: Sequence[str] = ()) -> None:
         plan: What is printed.
         notes: What to say above them.
     """
+    print_tables([*(f"note: {note}" for note in notes), *tables(plan)])
+
+
+def print_tables(parts: Sequence[RenderableType]) -> None:
+    """Print texts and tables, on a terminal or into a file."""
     from rich.console import Console
 
-    parts = [*(f"note: {note}" for note in notes), *tables(plan)]
     if sys.stdout.isatty():
         Console(highlight=False, markup=False, emoji=False).print(*parts, sep="\n")
         return
@@ -118,7 +122,8 @@ def _sequences(plan: Plan) -> int:
     return knobs.micro_batch * knobs.accumulation * knobs.data_degree
 
 
-def _table(*columns: tuple[str, JustifyMethod]) -> Table:
+def table_of(*columns: tuple[str, JustifyMethod]) -> Table:
+    """A table without rows; of each column its name and how it is justified."""
     from rich import box
     from rich.table import Table
 
@@ -131,7 +136,7 @@ def _table(*columns: tuple[str, JustifyMethod]) -> Table:
 
 def _memory_table(plan: Plan) -> Table:
     memory = plan.memory
-    table = _table(("component", "left"), ("GPU GiB", "right"), ("host GiB", "right"), ("", "left"))
+    table = table_of(("component", "left"), ("GPU GiB", "right"), ("host GiB", "right"), ("", "left"))
     for part in sorted(memory.parts, key=lambda part: -(part.gpu_bytes + part.host_bytes)):
         if part.gpu_bytes or part.host_bytes:
             table.add_row(part.name, _cell(part.gpu_bytes), _cell(part.host_bytes), part.note)
@@ -155,14 +160,14 @@ def _cell(num_bytes: int) -> str:
 
 
 def _knob_table(plan: Plan) -> Table:
-    table = _table(("key", "left"), ("value", "left"), ("why", "left"))
+    table = table_of(("key", "left"), ("value", "left"), ("why", "left"))
     for reason in plan.reasons:
         table.add_row(reason.key, reason.value, reason.why)
     return table
 
 
 def _seconds_table(plan: Plan) -> Table:
-    table = _table(("part", "left"), ("s", "right"), ("share", "right"))
+    table = table_of(("part", "left"), ("s", "right"), ("share", "right"))
     whole = plan.seconds.seconds
     digits = 2 if whole >= 1 else 4
     for name, part in sorted(plan.seconds.parts, key=lambda part: -part[1]):

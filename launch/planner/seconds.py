@@ -19,6 +19,7 @@ from ...cce.chunks import plan as plan_loss
 from ...cce.head import Needs
 from .knobs import Knobs
 from .machine import Machine
+from .memory_sizes import exchanges_in_turn
 from .seconds_layers import LayerTimes
 
 if TYPE_CHECKING:
@@ -137,30 +138,35 @@ class _Step(LayerTimes):
         if not knobs.stream:
             return 0.0
         on_host = knobs.inputs.count("host", self.layers)
-        size = on_host * self.tokens * shape.hidden_size * self.hidden_bytes
+        one_input = self.tokens * shape.hidden_size * self.hidden_bytes
+        kept = on_host * one_input
         if knobs.attention.host:
             saved = self.layers - min(knobs.attention.gpu_layers, self.layers)
-            size += saved * self.tokens * shape.num_heads * (shape.head_dim * self.width + 4)
-        one_way = size / (self.gpu.host_gb_s * 1e9)
+            kept += saved * self.tokens * shape.num_heads * (shape.head_dim * self.width + 4)
+        rebuilt = self.copies_of_rebuilt() * one_input
         return sum(
-            _exposed(one_way, computed * self.layers, EXPOSED_COPY) for computed in (forward_s, backward_s)
+            _exposed(size / (self.gpu.host_gb_s * 1e9), computed * self.layers, EXPOSED_COPY)
+            for size, computed in ((kept, forward_s), (kept + rebuilt, backward_s))
         )
 
     def exchanges(self) -> float:
         """All-to-alls between the ranks of a sequence, and packing for them; see distributed/ulysses.py.
 
         With N query and K key/value heads of H: (2N + 2K) H elements a token forward, as many where backward
-        attends again, and (4N + 4K) H in backward. Where ranks are more than K, each is sent one.
+        attends again, and (4N + 4K) H in backward. Where ranks are more than the K of a group, each is sent
+        one, and nothing is computed beside the exchanges of such groups.
         """
-        degree, shape = self.knobs.ulysses_degree, self.work.shape
+        knobs, shape = self.knobs, self.work.shape
+        degree, groups = knobs.ulysses_degree, knobs.head_groups
         if degree == 1:
             return 0.0
-        with_nothing, _, _ = self.kept_shares() if self.knobs.stream else (0.0, 0.0, 1.0)
-        heads = shape.num_heads + max(shape.num_kv_heads, degree)
+        with_nothing, _, _ = self.kept_shares() if knobs.stream else (0.0, 0.0, 1.0)
+        heads = shape.num_heads + max(shape.num_kv_heads, groups * degree)
         per_token = (6 + 2 * with_nothing) * heads * shape.head_dim
         size = self.layers * self.tokens * per_token * self.width
         sent = size * (degree - 1) / degree / self.rate(degree)
-        return EXPOSED_EXCHANGE * sent + self.moved(PACKING * size)
+        in_turn = exchanges_in_turn(self.work.layer.heads, degree, groups)
+        return sent * (1.0 if in_turn else EXPOSED_EXCHANGE) + self.moved(PACKING * size)
 
     def zero(self, forward_s: float, backward_s: float) -> float:
         """Gathers of weights and reductions of gradients among all ranks, as far as they are not hidden."""

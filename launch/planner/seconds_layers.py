@@ -6,12 +6,13 @@ The numbers here are of the code, not of a GPU: how often each thing is done, an
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
-from ...distributed.head_plan import plan_heads
 from ...mst.tiling import number_of_tiles
 from .knobs import Knobs
 from .machine import Gpu
+from .memory_sizes import group_plan
 
 if TYPE_CHECKING:
     from .workload import Workload
@@ -133,8 +134,7 @@ class LayerTimes:
     def attend(self, tflops: float, times: float) -> float:
         """Attention of this rank's heads over whole sequences."""
         shape, knobs = self.work.shape, self.knobs
-        # Of the busiest rank, for which the others wait.
-        heads = max(plan_heads(shape.num_heads, shape.num_kv_heads, knobs.ulysses_degree).queries.counts)
+        heads = self.busiest_heads()
         windowed = shape.num_sliding_layers / shape.num_layers
         share = self.kernel_share() * NARROW_HEADS.get(shape.head_dim, 1.0)
         seconds = 0.0
@@ -147,6 +147,14 @@ class LayerTimes:
             attained = tflops * 1e12 * share * length / (length + RAMP_TOKENS)
             seconds += operations / attained
         return seconds
+
+    def busiest_heads(self) -> int:
+        """Query heads of the rank that has most of them, for which the others wait in each group."""
+        knobs, heads = self.knobs, self.work.layer.heads
+        plan = group_plan(heads, knobs.ulysses_degree, knobs.head_groups)
+        if plan is None:
+            return -(-heads.num_heads // knobs.ulysses_degree)
+        return knobs.head_groups * max(plan.queries.counts)
 
     def kernel_share(self) -> float:
         """Of attention's rate, what the kernel attains that does this attention."""
@@ -171,6 +179,15 @@ class LayerTimes:
     def rebuilt_layers(self) -> float:
         """Layers whose input was not kept and is made again by running them forward once more."""
         return self.knobs.inputs.count("rebuild", self.layers)
+
+    def copies_of_rebuilt(self) -> int:
+        """Inputs copied because of it: rebuilt ones to the host and back, and what they start from again."""
+        inputs = self.knobs.inputs
+        places, waits = inputs.all_places(self.layers), inputs.waits(self.layers)
+        steps = zip(places, waits, strict=True)
+        rebuilt = sum(place == "rebuild" and waiting == "host" for place, waiting in steps)
+        again = sum(place == "host" and above == "rebuild" for place, above in pairwise(places))
+        return 2 * rebuilt + again
 
     # Bytes of elementwise kernels
 

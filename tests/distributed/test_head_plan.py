@@ -48,6 +48,7 @@ def test_heads_are_as_even_as_whole_groups_allow(
     assert tuple(plan.keys.num_heads(rank) for rank in range(shape[2])) == keys
     assert plan.imbalance == pytest.approx(max(queries) * shape[2] / shape[0])
     assert plan.is_even == (len(set(queries)) == 1 and sum(keys) == shape[1])
+    assert plan.shares_keys == (sum(keys) > shape[1])
 
 
 def test_more_ranks_than_query_heads_are_refused() -> None:

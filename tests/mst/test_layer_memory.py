@@ -19,7 +19,7 @@ from longseq.mst.gradient_owner import GradientOwner
 from longseq.mst.layer_memory import Places, SavedAttention
 from longseq.mst.layer_places import ALL_ON_GPU, PlaceChooser, parse_save_attention
 from longseq.mst.pinned_slab import PinnedSlab
-from longseq.mst.placement import Placement
+from longseq.mst.placement import Placement, spread_inputs
 
 NUM_LAYERS = 4
 ROW_BYTES = HIDDEN * 8
@@ -333,7 +333,7 @@ everything that can be kept 41 / 8."""
     [
         (("auto", SavedAttention()), (10, 0), Places(Placement(10, host=False), SavedAttention())),
         (("auto", SavedAttention()), (4, 6), Places(Placement(4), SavedAttention())),
-        (("auto", SavedAttention()), (4, 3), Places(Placement(6, every=2), SavedAttention())),
+        (("auto", SavedAttention()), (4, 3), Places(spread_inputs(10, 3, 3), SavedAttention())),
         (("gpu", "auto"), (21, 0), Places(ALL_ON_GPU, SavedAttention(9))),
         (("gpu", "auto"), (22, 0), Places(ALL_ON_GPU, SavedAttention(10, host=True))),
         (("gpu", "auto"), (15, 99), Places(ALL_ON_GPU, SavedAttention(4, host=True))),
@@ -341,16 +341,13 @@ everything that can be kept 41 / 8."""
         (("host", "auto"), (0, 0), Places(Placement(1), SavedAttention())),
         (("gpu", "auto"), (61, 99), Places(ALL_ON_GPU, SavedAttention(10, host=True))),
         (("gpu", "auto"), (62, 0), Places(ALL_ON_GPU, SavedAttention(10, everything=True))),
-        (("auto", SavedAttention(2)), (12, 0), Places(Placement(9, every=1), SavedAttention(2))),
+        (("auto", SavedAttention(2)), (11, 0), Places(spread_inputs(10, 7, 0), SavedAttention(2))),
         (("auto", "auto"), (30, 0), Places(Placement(10, host=False), SavedAttention(10, host=True))),
     ],
 )
 def test_what_is_chosen_from_the_memory_there_is(asked, free, wanted, monkeypatch) -> None:
     inputs = {"gpu": ALL_ON_GPU, "host": Placement(1)}.get(asked[0], asked[0])
     choose = chooser(inputs, asked[1], gpu=free[0], host=free[1], monkeypatch=monkeypatch)
-    if wanted.inputs == Placement(9, every=1):  # one input too many for the GPU, and no host memory
-        wanted = Places(choose(ON_GPU, 512).inputs, wanted.attention)
-        assert wanted.inputs.every > 1
     assert choose(ON_GPU, 512) == wanted
 
 
@@ -362,7 +359,7 @@ def test_ranks_that_work_in_lockstep_choose_by_the_least_of_them(monkeypatch) ->
     monkeypatch.setattr(
         layer_places, "least_of_ranks", lambda ours, *rest: list(map(min, zip(ours, theirs, strict=True)))
     )
-    assert choose(ON_GPU, 512).inputs == Placement(6, every=2)
+    assert choose(ON_GPU, 512).inputs == spread_inputs(10, 3, 3)
     theirs[2] = -(3 * 2**20)
     with pytest.raises(ValueError, match=r"10 layers, 3,145,728 bytes each"):
         choose(ON_GPU, 512)

@@ -7,7 +7,13 @@ from pathlib import Path
 import pytest
 
 from longseq.mst import placement
-from longseq.mst.placement import Placement, available_host_bytes, choose_placement, parse_placement
+from longseq.mst.placement import (
+    Placement,
+    available_host_bytes,
+    choose_placement,
+    parse_placement,
+    spread_inputs,
+)
 
 GIB = 2**30
 
@@ -39,36 +45,83 @@ def test_a_placement_that_cannot_be(wrong: dict) -> None:
         Placement(host=1)
 
 
+@pytest.mark.parametrize("kept", [(), (1, 2), (0, 2, 2), (0, 3, 1), [0, 2], (0, 1.0), (0, True), (-1, 0), 3])
+def test_layers_that_cannot_be_kept(kept: object) -> None:
+    with pytest.raises(ValueError, match=r"kept=.* must be a tuple of layers that rises from 0.*kept_layers"):
+        Placement(kept=kept)
+    with pytest.raises(ValueError, match="takes the place of every=2; leave that at 1"):
+        Placement(every=2, kept=(0, 3))
+
+
+def test_layers_that_a_model_does_not_have() -> None:
+    placed = Placement(kept=(0, 4))
+    with pytest.raises(ValueError, match=r"names layer 4, and the model has 4, from 0 to 3; kept_layers\(4"):
+        placed.count("host", 4)
+    assert placed.all_places(5) == ("host", "rebuild", "rebuild", "rebuild", "gpu")
+    assert placed.rebuilds
+    assert Placement(every=2).rebuilds
+    assert not Placement().rebuilds
+
+
+def test_where_rebuilt_inputs_wait() -> None:
+    """Of layers 0 to 3 that of 1 has the room that 4 left; 2 finds none; 3 is used at once."""
+    placed = Placement(1, every=4)
+    assert placed.all_places(9) == ("host", *3 * ["rebuild"], "host", *3 * ["rebuild"], "gpu")
+    assert placed.waits(9) == ("host", "host", "gpu", "gpu", "host", "gpu", "gpu", "gpu", "gpu")
+    assert placed.rebuilt_beside(9) == (0, 0, 0, 1, 0, 0, 1, 2, 0)
+    assert Placement(0, every=4, host=False).rebuilt_beside(9) == (0, 0, 1, 2, 0, 0, 1, 2, 0)
+
+
+def test_inputs_that_are_gone_from_the_gpu() -> None:
+    assert [Placement(2).freed_inputs(index, 4) for index in range(4)] == [2, 2, 1, 0]
+    # What is rebuilt takes the room again: where segments rise, nearly all of it.
+    even, rising = Placement(0, every=2, host=False), spread_inputs(10, 3, 0)
+    assert [even.freed_inputs(index, 6) for index in range(6)] == [2, 2, 1, 1, 0, 0]
+    assert [rising.freed_inputs(index, 10) for index in range(10)] == [3, 3, 2, 1, 2, 2, 1, 1, 1, 0]
+
+
 @pytest.mark.parametrize("num_layers", [1, 2, 5, 32])
 @pytest.mark.parametrize("gpu", [0, 1, 2, 3, 7, 31, 32])
 @pytest.mark.parametrize("host", [0, 1, 4, 16, 40])
 @pytest.mark.parametrize("attention", [0, 1])
 def test_what_is_chosen_fits_and_rebuilds_least(num_layers: int, gpu: int, host: int, attention: int) -> None:
-    layer, beside = 10, 11 * attention
+    layer = 10 + 11 * attention
 
     def fits(placed: Placement) -> bool:
-        on_gpu, on_host = placed.count("gpu", num_layers), placed.count("host", num_layers)
-        gpu_bytes = on_gpu * (layer + beside) + (placed.every - 1) * layer
-        return gpu_bytes <= gpu * layer and on_host * (layer + beside) <= host * layer
+        """On the GPU with the input of the layer at work, as it is kept there or has come there."""
+        places, beside = placed.all_places(num_layers), placed.rebuilt_beside(num_layers)
+        on_gpu = [
+            places[: index + 1].count("gpu") + beside[index] + (places[index] != "gpu")
+            for index in range(num_layers)
+        ]
+        return max(on_gpu) <= gpu and places.count("host") <= host
 
-    possible = [
-        Placement(gpu_layers, every)
-        for every in range(1, num_layers + 1)
-        for gpu_layers in range(num_layers + 1)
-        if Placement(gpu_layers, every).count("gpu", num_layers) > 0 and fits(Placement(gpu_layers, every))
+    possible = [Placement(n, every) for every in range(1, num_layers + 1) for n in range(num_layers + 1)]
+    possible += [Placement(every=every, host=False) for every in range(1, num_layers + 1)]
+    possible += [
+        spread_inputs(num_layers, n, count - n)
+        for count in range(num_layers)
+        for n in range(count + 1)
+        if count * (count + 3) // 2 >= num_layers - 1
     ]
+    possible = [placed for placed in possible if fits(placed)]
+    free = gpu * layer, host * layer
     if not possible:
         with pytest.raises(ValueError, match="fewer tokens a GPU"):
-            choose_placement(num_layers, layer, gpu * layer, host * layer, attention_bytes_per_layer=beside)
+            choose_placement(num_layers, 10, *free, attention_bytes_per_layer=11 * attention)
         return
-    ours = choose_placement(num_layers, layer, gpu * layer, host * layer, attention_bytes_per_layer=beside)
+    ours = choose_placement(num_layers, 10, *free, attention_bytes_per_layer=11 * attention)
     assert fits(ours)
-    assert ours.every == min(placed.every for placed in possible)
-    least_copied = min(placed.count("host", num_layers) for placed in possible if placed.every == ours.every)
-    assert ours.count("host", num_layers) == least_copied
-    last_kept = (num_layers - 1) // ours.every * ours.every
-    assert ours.where(last_kept, num_layers) == "gpu"
-    assert ours.host == (least_copied > 0)
+    rebuilt = [placed.count("rebuild", num_layers) for placed in possible]
+    assert ours.count("rebuild", num_layers) == min(rebuilt)
+    copied = [
+        placed.count("host", num_layers)
+        for placed, count in zip(possible, rebuilt, strict=True)
+        if count == min(rebuilt)
+    ]
+    assert ours.count("host", num_layers) == min(copied)
+    assert ours.where(num_layers - 1, num_layers) == "gpu"
+    assert ours.host == (min(copied) > 0)
 
 
 def test_an_error_names_every_number() -> None:

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from training_samples import MICRO_BATCHES, VOCAB, engine_training, plain_traini
 
 from longseq.distributed import ProcessGroups
 from longseq.mst import apply_mini_sequence
+from longseq.mst.gradient_owner import GradientOwner
 from longseq.mst.placement import Placement
 
 # Processes are started that make an engine of DeepSpeed for every case.
@@ -128,6 +130,19 @@ def counted_gathers() -> Iterator[Counter]:
         partition_parameters._dist_allgather_fn = original
 
 
+@contextmanager
+def watched_gradients() -> Iterator[list[bool]]:
+    """Of each layer's backward, whether it may write over its output's gradient."""
+    found, original = [], GradientOwner.owns
+
+    def watching(self: GradientOwner, grad: Tensor, references: tuple[int, int]) -> bool:
+        found.append(original(self, grad, references))
+        return found[-1]
+
+    with patch.object(GradientOwner, "owns", watching):
+        yield found
+
+
 def watch_gathered(engine: Any, layers: nn.ModuleList) -> list[list[int]]:
     """The layers that are gathered when one is gathered for its backward, that one being the first named."""
     found: list[list[int]] = []
@@ -197,13 +212,13 @@ def zero_case(
         engine = make_engine(model, groups, stage)
     layers = (model.get_base_model() if adapters else model).model.layers
     gathered = watch_gathered(engine, layers) if stage == 3 else []
-    with counted_gathers() as counts:
+    with counted_gathers() as counts, watched_gradients() as owned:
         result = engine_training(engine, groups)
     with torch.no_grad():
         logits = [engine(input_ids=torch.arange(1, 38)[None]).logits]
         handle.undo()
         logits.append(engine(input_ids=torch.arange(1, 38)[None]).logits)
-    seen = {"counts": dict(counts), "gathered": list(gathered), "logits": logits}
+    seen = {"counts": dict(counts), "gathered": list(gathered), "logits": logits, "owned": owned}
     return {**result, "weights": whole_weights(model), **seen}
 
 
@@ -374,6 +389,15 @@ def test_no_layer_stays_gathered_after_its_backward(outcomes: dict[str, list], n
         backwards = STEPS * MICRO_BATCHES // 2
         assert [layer for layer, *_ in rank["gathered"]] == [*reversed(range(LAYERS))] * backwards
         assert all(gathered == [layer] for layer, *gathered in rank["gathered"]), rank["gathered"][:LAYERS]
+
+
+@pytest.mark.parametrize(
+    "name", ["as it is", "attention by groups", "layers rebuilt", "applied to an engine", "born sharded"]
+)
+def test_a_layers_gradient_takes_the_place_of_the_one_before(outcomes: dict[str, list], name: str) -> None:
+    for rank in outcomes[f"3, {name}"]:
+        assert len(rank["owned"]) == STEPS * MICRO_BATCHES // 2 * LAYERS
+        assert all(rank["owned"])
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -15,6 +15,7 @@ from longseq.launch.planner.ideas import apollo_mini_bytes, ideas
 from longseq.launch.planner.machine import Machine
 from longseq.launch.planner.plan import Plan, make_plan
 from longseq.launch.planner.workload import Workload
+from longseq.mst.placement import spread_inputs
 
 GIB = 2**30
 
@@ -104,6 +105,27 @@ def test_every_kind_of_change_is_thought_of(fitting: Plan) -> None:
     tried = {key: idea.knobs for idea in ideas(whole) for key in idea.values}
     assert tried["sequence.checkpoints"].stream
     assert "sequence.head_groups" not in tried
+
+
+@pytest.mark.parametrize("every", [1, 4])
+def test_auto_is_thought_of_where_it_keeps_fewer_inputs(every: int) -> None:
+    """With every fourth input kept three that are rebuilt would be on the GPU at once."""
+    sequence = {"length": "1700k", "checkpoints": "host", "checkpoint_every": every, "head_groups": 8}
+    config = plan_config(
+        32, sequence=sequence, optimizer={"name": "apollo-mini", "weights": "bf16", "in_backward": True}
+    )
+    plan = planned(config, machine_with(139.8, host_gib=97.8))
+    assert not plan.fits
+    changes = {change.overrides: change for change in best_changes(plan)}
+    text = "sequence.checkpoints=auto" + (" sequence.checkpoint_every=1" if every > 1 else "")
+    assert changes[text].fits
+    again = planned(changed(config, text), plan.machine)
+    assert again.fits
+    assert again.knobs.inputs.kept is not None
+    # Auto has tried what there is; a rule of its own for the inputs would not be better.
+    for inputs in (again.knobs.inputs, spread_inputs(32, 8, 0)):
+        chosen = replace(again, knobs=replace(again.knobs, inputs=inputs))
+        assert "checkpoints" not in {idea.family for idea in ideas(chosen)}
 
 
 def test_rules_and_what_is_full_forbid_changes(fitting: Plan) -> None:

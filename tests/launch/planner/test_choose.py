@@ -16,7 +16,8 @@ from longseq.launch.planner.knobs import Knobs
 from longseq.launch.planner.layouts import layouts, most_processes
 from longseq.launch.planner.machine import Machine
 from longseq.mst.layer_memory import SavedAttention
-from longseq.mst.placement import Placement
+from longseq.mst.placement import Placement, spread_inputs
+from longseq.mst.segments import fewest_waiting
 
 FREE = {"save_attention": "auto"}
 
@@ -29,6 +30,8 @@ def every_way(start: Knobs, layers: int) -> list[Knobs]:
     """All that a plan could choose inside a GPU around some knobs, one by one."""
     placements = [Placement(0, every, host=False) for every in (1, 2, 4)]
     placements += [Placement(n, every) for n, every in product(range(1, layers), (1, 2, 4))]
+    for count in range(fewest_waiting(layers), layers):
+        placements += [spread_inputs(layers, n, count - n) for n in range(count + 1)]
     saved = [NOTHING, SavedAttention(host=True)]
     saved += [
         SavedAttention(n, host and n < layers, everything)
@@ -75,6 +78,34 @@ def test_more_memory_never_gives_a_dearer_plan_and_what_is_chosen_fits() -> None
     assert len(prices) >= 3
     assert prices == sorted(prices, reverse=True)
     assert prices[0] > prices[-1]
+
+
+def test_card_and_host_are_both_filled_for_the_longest() -> None:
+    """Neither with all that waits on the card nor with all of it on the host: both are too small for that."""
+    config = plan_config(
+        32,
+        sequence={"length": "max"},
+        optimizer={"name": "apollo-mini", "weights": "bf16", "in_backward": True},
+    )
+    looked = search(config, machine_with(139.8, host_gib=97.8))
+    longest = looked.longest()
+    found = looked.fastest(longest).knobs
+    costs, inputs = looked.costs, found.inputs
+    assert costs.fullness(found) > 0.97
+    assert inputs.rebuilds
+    assert min(inputs.count("gpu", 32), inputs.count("host", 32)) > 1
+    for other in (spread_inputs(32, 0, 7), spread_inputs(32, 7, 0), Placement(1, every=4)):
+        assert not costs.fits(replace(found, inputs=other))
+    # Layers are rebuilt as often as with every fourth input kept, which takes far more.
+    assert inputs.count("rebuild", 32) == Placement(1, every=4).count("rebuild", 32)
+    most_before = most(1, longest // 1024, lambda n: fits_every_fourth(looked, found, n * 1024))
+    assert longest > 1.15 * most_before * 1024
+
+
+def fits_every_fourth(looked: Search, knobs: Knobs, length: int) -> bool:
+    """Whether that length fits with every fourth input kept, some of them on the GPU."""
+    ways = [replace(knobs, length=length, inputs=Placement(layers, every=4)) for layers in range(32)]
+    return any(map(looked.costs.fits, ways))
 
 
 def test_longer_sequences_never_take_less_memory_or_time() -> None:
@@ -229,8 +260,25 @@ def test_tiles_and_groups_are_cut_evenly() -> None:
     assert tiles(config, 1000) == [1024]
     work = work_of(config)
     assert head_groups(config, work, 1) == [1, 2, 4, 8]
-    assert head_groups(config, work, 4) == [1, 2]
-    assert head_groups(config, work, 8) == [1]
+    assert head_groups(config, work, 4) == [1, 2, 4, 8]
+    assert head_groups(config, work, 8) == [1, 2, 4]  # a query head of a group for each rank
+
+
+def test_groups_of_shared_key_value_heads_are_for_what_has_no_room_without() -> None:
+    config = plan_config(
+        4,
+        sequence={**FREE, "length": "512k", "tile_tokens": 4096},
+        parallel={"ulysses_degree": 4, "zero_stage": 3},
+        train={"precision": "bf16"},
+    )
+    for gpu_gib, fits_evenly in ((80, True), (32, True), (26, False)):
+        looked = search(config, machine_with(gpu_gib, host_gib=200, num_gpus=4))
+        found = looked.fastest(524288)
+        assert found is not None
+        assert (found.knobs.head_groups <= 2) == fits_evenly
+        fitting = [knobs for knobs in every_way(found.knobs, 4) if looked.costs.fits(knobs)]
+        assert fits_evenly == any(knobs.head_groups <= 2 for knobs in fitting)
+        assert looked.costs.price(found.knobs) == min(map(looked.costs.price, fitting))
 
 
 def test_most_is_the_last_that_holds() -> None:

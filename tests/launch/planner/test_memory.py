@@ -91,6 +91,11 @@ PHASES: dict[str, tuple[tuple[Any, ...], int, dict[str, Any], tuple[int, int, in
 }
 
 
+HELD_THEN = {"3b adamw, 64k, host": 65536 * 5120 * 2 // 2}
+"""Bytes at the peak of backward that were held when it was measured, and are no more: of the first of two
+groups, the gradients of queries, keys and values."""
+
+
 def by_phase(estimate: MemoryEstimate) -> tuple[int, int, int]:
     """The largest moment of a step's forward, backward, and what is behind it."""
     moments = dict(estimate.moments)
@@ -104,7 +109,9 @@ def test_each_phase_takes_what_was_measured(name: str) -> None:
     model, length, values, measured = PHASES[name]
     work = measured_work(*model)
     estimate = estimate_memory(work, measured_knobs(work, length, **values), HOPPER)
-    assert by_phase(estimate) == pytest.approx(measured, rel=LESS_NEAR.get(name, NEAR))
+    forward, backward, step = by_phase(estimate)
+    found = forward, backward + HELD_THEN.get(name, 0), step
+    assert found == pytest.approx(measured, rel=LESS_NEAR.get(name, NEAR))
 
 
 def rows_of(name: str) -> list[dict[str, Any]]:
@@ -161,8 +168,12 @@ def test_the_sequence_parallel_benchmark_is_retrodicted() -> None:
         if row["system"] != "ours" or "peak GiB" not in row or row["optimizer"] != "adamw":
             continue
         knobs = measured_knobs(work, row["tokens"], **ZERO_3 | SEQUENCE_PARALLEL[row["key"]])
-        estimate = estimate_memory(work, knobs, HOPPER)
-        assert estimate.peak_bytes / GIB == pytest.approx(row["peak GiB"], rel=NEAR), row["key"]
+        moments = estimate_memory(work, knobs, HOPPER).moments
+        # Then a hook of DeepSpeed's held the gradient of a layer's output through the layer's backward.
+        held_then = row["tokens"] // 4 * 4096 * 2
+        at_layers = {f"backward of a layer's {part}" for part in ("attention", "MLP", "projections")}
+        peak = max(size + held_then * (name in at_layers) for name, size in moments.items())
+        assert peak / GIB == pytest.approx(row["peak GiB"], rel=NEAR), row["key"]
         found += 1
     assert found == 10
 
@@ -201,14 +212,13 @@ def test_the_steps_of_the_optimizer_benchmark_are_retrodicted() -> None:
 
 
 def test_the_longest_probe_is_retrodicted() -> None:
-    """2,000,000 tokens on an H200, every fourth input kept. What enumerate holds is newer than that row."""
+    """2,000,000 tokens on an H200, every fourth input kept."""
     (row,) = rows_of("decoder_probe")
     work = replace(measured_work("8b", "mini"), state_bytes=0, adapts_groups=False)
     places = Placement(gpu_layers=4, every=4)
     knobs = measured_knobs(work, row["tokens"], inputs=places, head_groups=8)
     estimate = estimate_memory(work, knobs, HOPPER)
-    held_by_enumerate = row["tokens"] * 6144 * 2 // 8
-    assert (estimate.peak_bytes - held_by_enumerate) / GIB == pytest.approx(row["peak GiB"], rel=NEAR)
+    assert estimate.peak_bytes / GIB == pytest.approx(row["peak GiB"], rel=NEAR)
     assert estimate.moments["forward of a layer"] / GIB == pytest.approx(row["forward GiB"], rel=0.03)
 
 

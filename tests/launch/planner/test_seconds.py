@@ -18,7 +18,7 @@ from longseq.launch.planner.machine import named_machine
 from longseq.launch.planner.seconds import TimeEstimate, estimate_seconds
 from longseq.launch.planner.workload import Workload
 from longseq.mst.layer_memory import SavedAttention
-from longseq.mst.placement import Placement
+from longseq.mst.placement import Placement, spread_inputs
 from longseq.mst.tiling import choose_tile_tokens
 
 RESULTS = Path(__file__).parents[3] / "benchmarks" / "results"
@@ -177,6 +177,23 @@ def test_copies_to_the_host_show_where_they_are_longer_than_computing() -> None:
     assert 2 * 31 * 65536 * 4096 * 4 / 1e9 - estimate(made=host).seconds < found < 70
 
 
+@pytest.mark.parametrize("on_gpu", [0, 2, 7])
+def test_inputs_that_are_rebuilt_are_copied_to_the_host_and_back(on_gpu: int) -> None:
+    machine = named_machine("h100-80g", 1)
+    slow = replace(machine, gpu=replace(machine.gpu, host_gb_s=1e-3))
+    inputs = spread_inputs(32, on_gpu, 7 - on_gpu)
+    found = estimate_seconds(workload(), knobs(65536, inputs=inputs), slow)
+    # 7 segments: all that is rebuilt but the highest of each waits, as many on the GPU as were kept there.
+    on_host = 7 - on_gpu
+    rebuilt = inputs.waits(32).count("host") - on_host
+    assert rebuilt == {0: 32 - 8 - 7, 7: 0}.get(on_gpu, rebuilt) < 32 - 8
+    # What was kept goes and comes, and comes once more for what is rebuilt from it.
+    copies = 3 * on_host + 2 * rebuilt
+    computed = sum(seconds for name, seconds in found.parts if name not in ("host copies", "optimizer"))
+    one = 65536 * 4096 * 4 / 1e6
+    assert copies * one - computed <= dict(found.parts).get("host copies", 0) <= copies * one
+
+
 def test_packed_documents_attend_to_less_by_a_slower_kernel() -> None:
     machine = named_machine("h200", 1)
     one = part(estimate_seconds(workload(), knobs(65536), machine), "attention")
@@ -208,12 +225,24 @@ def test_more_gpus_share_the_work_and_pay_for_sending_it() -> None:
     assert part(four, "attention") == pytest.approx(part(one, "attention") / 4)
     assert one.seconds / 4 < four.seconds < one.seconds / 3
     assert part(four, "exchanges") > 0
-    # 32 heads of 8 groups: of 3 ranks two have 12.
-    three = estimate(made=knobs(131072, sp=3, zero=3), gpus=3)
-    assert part(three, "attention") == pytest.approx(part(one, "attention") * 12 / 32)
+    # 8 key/value heads of 4 query heads each: of 3 ranks two have 3; of 4 of them, one has 2.
+    for groups, heads in ((1, 12), (2, 16)):
+        three = estimate(made=knobs(131072, sp=3, zero=3, head_groups=groups), gpus=3)
+        assert part(three, "attention") == pytest.approx(part(one, "attention") * heads / 32)
     over_nodes = named_machine("h100-80g", 4, gpus_per_node=1)
     slower = estimate_seconds(workload(), knobs(131072, sp=4, zero=3), over_nodes)
     assert part(slower, "exchanges") > 2 * part(four, "exchanges")
+
+
+def test_key_value_heads_that_go_to_several_ranks_are_sent_to_each_and_waited_for() -> None:
+    two, four, eight = (
+        estimate(made=knobs(131072, sp=4, zero=3, head_groups=groups), gpus=4) for groups in (2, 4, 8)
+    )
+    assert part(eight, "attention") == pytest.approx(part(two, "attention"))
+    # 32 query heads and 8, 16 or 32 key/value heads on their way; half of the first's time is hidden.
+    assert part(eight, "exchanges") == pytest.approx(part(four, "exchanges") * (32 + 32) / (32 + 16))
+    assert part(four, "exchanges") > part(two, "exchanges") * (32 + 16) / (32 + 8) * 1.2
+    assert two.seconds < four.seconds < eight.seconds
 
 
 def test_short_sequences_wait_for_weights_that_others_hold() -> None:

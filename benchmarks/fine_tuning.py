@@ -1,0 +1,324 @@
+"""A fine-tuning run at 131,072 tokens from its text to a model that looks far back, as a user types it.
+
+python benchmarks/fine_tuning.py --work DIR --out benchmarks/results --deadline-s 480
+python benchmarks/fine_tuning.py --work DIR --out DIR/results --stages long,probe      # parts of it, later
+python benchmarks/fine_tuning.py --work DIR --out DIR/results --shape tiny             # on a CPU
+
+Stages: `corpus` makes text (`fine_tuning_corpus.py`); `short` trains a small Llama from random weights at
+4,096 tokens; `long` prepares, plans and trains it on at 131,072, is killed after a checkpoint, goes on by the
+same command, and exports; `probe` asks both models for what stood so many tokens before (`retrieval.py`).
+Each leaves what it found in --work, and the tables in --out are written anew after each command.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import fine_tuning_results
+import report
+import retrieval
+import torch
+from fine_tuning_configs import long_config, short_config, write_yaml
+from fine_tuning_shapes import SHAPES, Shape
+
+from longseq.launch.metric_records import read_metrics
+
+STAGES = ("corpus", "short", "long", "probe")
+START_S = 25  # of a command that trains, until its first step: taken off what is left for steps
+PROBE_S = 60  # the same for the export and the probes of both models
+POLL_S = 0.05
+PLANNED_GPU = "h100-80g"  # on a machine without one
+GIB = 2**30
+Row = dict[str, Any]
+
+
+class Story:
+    """What has been done so far; it is in `story.json` of the folder, so that stages can be run apart."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.shape: Shape = SHAPES[args.shape]
+        for name in ("short_steps", "short_lr", "long_steps", "long_lr"):
+            if (given := getattr(args, name)) is not None:
+                self.shape = replace(self.shape, **{name: given})
+        self.work, self.out, self.deadline_s = args.work.resolve(), args.out.resolve(), args.deadline_s
+        self.started = time.perf_counter()
+        self.work.mkdir(parents=True, exist_ok=True)
+        self.path, self.stage = self.work / "story.json", STAGES[0]
+        self.facts: Row = {"shape": args.shape, "commands": []}
+        if self.path.exists():
+            self.facts = json.loads(self.path.read_text())
+            if self.facts["shape"] != args.shape:
+                raise SystemExit(
+                    f"--shape {args.shape}: {self.work} is of {self.facts['shape']}; take another."
+                )
+
+    def begin(self, stage: str) -> None:
+        """Forget what the stage did in an earlier call, and what rests on it."""
+        print(f"== {stage}: {self.left_s:.0f} s are left", flush=True)
+        self.stage = stage
+        for later in STAGES[STAGES.index(stage) :]:
+            self.facts.pop(later, None)
+            self.facts["commands"] = [row for row in self.facts["commands"] if row["stage"] != later]
+            for path in (self.work / "runs" / later, self.work / f"{later}-model"):
+                shutil.rmtree(path, ignore_errors=True)
+        if stage != "probe":
+            for path in self.work.glob("probe-*.jsonl"):
+                path.unlink()
+
+    @property
+    def left_s(self) -> float:
+        """Until the deadline."""
+        return self.deadline_s - (time.perf_counter() - self.started)
+
+    def keep(self) -> None:
+        """Write down what is there."""
+        draft = self.path.with_name(".story.json.partial")
+        draft.write_text(json.dumps(self.facts, indent=2))
+        os.replace(draft, self.path)
+        fine_tuning_results.write(self.facts, self.work, self.out, show=False)
+
+    def longseq(self, *words: str, watch: Callable[[subprocess.Popen], str | None] | None = None) -> str:
+        """Type a command in the folder of the files, and wait for it; what it printed to stdout.
+
+        Args:
+            words: Behind `longseq`.
+            watch: Is called again and again while it runs; a word says that it ended the command, and how.
+        """
+        typed = " ".join(["longseq", *words])
+        name = f"{self.stage}-{len(self.facts['commands']) + 1}-{words[0]}"
+        printed, log = (self.work / f"{name}.{suffix}" for suffix in ("out", "log"))
+        print(f"$ {typed}", flush=True)
+        started = time.perf_counter()
+        with printed.open("w") as out, log.open("w") as err:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "longseq.launch.cli", *words],
+                **{"cwd": self.work, "env": environment(), "stdout": out, "stderr": err},
+                start_new_session=True,
+            )
+            try:
+                how = None
+                while process.poll() is None:
+                    how = how or (watch(process) if watch is not None else None)
+                    time.sleep(POLL_S)
+            finally:
+                if process.poll() is None:
+                    os.killpg(process.pid, signal.SIGKILL)
+        seconds = round(time.perf_counter() - started, 1)
+        ended = how or ("done" if process.returncode == 0 else f"status {process.returncode}")
+        print(f"{ended}, {seconds} s", flush=True)
+        self.facts["commands"].append(
+            {"stage": self.stage, "command": typed, "seconds": seconds, "ended": ended}
+        )
+        self.keep()
+        if process.returncode and how is None:
+            said = "\n".join((printed.read_text() + log.read_text()).splitlines()[-25:])
+            raise SystemExit(f"{typed}: status {process.returncode}\n{said}")
+        return printed.read_text()
+
+
+def environment() -> dict[str, str]:
+    """The command's: its folder is another one, so that paths must be whole."""
+    paths = [str(Path(path).resolve()) for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "TOKENIZERS_PARALLELISM": "true"}
+
+
+def corpus(story: Story) -> None:
+    """The text, by a process of its own: those that it starts import what it does, which is little."""
+    script = Path(__file__).with_name("fine_tuning_corpus.py")
+    options = ("--work", str(story.work), "--shape", story.facts["shape"])
+    subprocess.run([sys.executable, str(script), *options], check=True)
+    story.facts["corpus"] = json.loads((story.work / "corpus.json").read_text())
+    story.keep()
+
+
+def short(story: Story, allowed_s: float) -> None:
+    """The base model."""
+    write_yaml(story.work / "short.yaml", short_config(story.shape))
+    started = time.perf_counter()
+
+    def stop(process: subprocess.Popen) -> str | None:
+        if time.perf_counter() - started < allowed_s:
+            return None
+        process.send_signal(signal.SIGTERM)
+        return f"asked to save and stop (SIGTERM) after {allowed_s:.0f} s"
+
+    story.longseq("train", "short.yaml", watch=stop)
+    found = run_facts(story.work / "runs/short", story.shape.short_length)
+    story.longseq("export", "runs/short", "short-model")
+    parameters = count_parameters(story.work / "short-model")
+    story.facts["short"] = found | {"parameters": parameters}
+    story.keep()
+
+
+def long(story: Story) -> None:
+    """The fine-tuning: prepare, plan, train, be killed, go on, export."""
+    shape, run = story.shape, story.work / "runs/long"
+    write_yaml(story.work / "long.yaml", long_config(shape))
+    story.longseq("prepare", "long.yaml")
+    on_gpu = torch.cuda.is_available()
+    gpu = () if on_gpu else ("--gpu", PLANNED_GPU)
+    plan = json.loads(story.longseq("plan", "long.yaml", "--json", *gpu))
+    planned = {
+        "step_s": plan["seconds"]["step"],
+        "peak_gib": plan["memory"]["peak_bytes"] / GIB,
+        "fits": plan["fits"],
+        "gpu": plan["machine"]["gpu"]["name"],
+    }
+    steps = steps_in_time(story, planned["step_s"]) if on_gpu else shape.long_steps
+    words = ["train", "long.yaml", *([f"train.steps={steps}"] if steps != shape.long_steps else [])]
+    before: list[Row] = []
+
+    def kill(process: subprocess.Popen) -> str | None:
+        if not is_past_checkpoint(run, shape.checkpoint_every, shape.kill_after):
+            return None
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        before.extend(step_records(run))
+        return f"killed (SIGKILL) after step {before[-1]['step']}"
+
+    story.longseq(*words, watch=kill)
+    if not before:
+        raise SystemExit("the run ended before it could be killed; take more steps.")
+    story.longseq(*words)
+    found = run_facts(run, shape.long_length)
+    found |= {"planned": planned, "kill": compare(before, step_records(run))}
+    story.longseq("export", "runs/long", "long-model")
+    story.facts["long"] = found | {"parameters": count_parameters(story.work / "long-model")}
+    story.keep()
+
+
+def steps_in_time(story: Story, step_s: float) -> int:
+    """Of the second stage: all, or as many as the deadline leaves room for."""
+    shape = story.shape
+    # Steps that are lost by the kill are taken twice, and an evaluation is a third of so many steps.
+    evaluations = shape.heldout_documents / 2 * (shape.long_steps // shape.eval_every) / 3
+    room = (story.left_s - 2 * START_S - PROBE_S) / step_s - evaluations - shape.kill_after - 2
+    return min(shape.long_steps, max(2 * shape.checkpoint_every, int(room)))
+
+
+def is_past_checkpoint(run: Path, step: int, steps_after: int) -> bool:
+    """Whether the checkpoint of a step is whole, and so many steps have been taken since."""
+    latest = run / "checkpoints" / "latest"
+    if not latest.exists() or not (run / "checkpoints" / f"step-{step:08}").exists():
+        return False
+    return bool(records := step_records(run)) and records[-1]["step"] >= step + steps_after
+
+
+def step_records(run: Path) -> list[Row]:
+    return [record for record in read_metrics(run) if record["kind"] == "step"]
+
+
+def compare(before: Sequence[Row], after: Sequence[Row]) -> Row:
+    """Losses of the steps that the killed process took: as the one that went on has them.
+
+    Steps that were taken again are those behind the checkpoint; the ones before it are there once, unchanged.
+    """
+    afterwards = {record["step"]: record for record in after}
+    again = [record for record in before if record["seconds"] != afterwards[record["step"]]["seconds"]]
+    pairs = [(record["step"], record["loss"], afterwards[record["step"]]["loss"]) for record in again]
+    return {
+        "last_step_before": before[-1]["step"],
+        "steps_again": [step for step, _, _ in pairs],
+        "losses_before": [loss for _, loss, _ in pairs],
+        "losses_after": [loss for _, _, loss in pairs],
+        "equal": bool(pairs) and all(one == other for _, one, other in pairs),
+        "largest_difference": max((abs(one - other) for _, one, other in pairs), default=None),
+    }
+
+
+def run_facts(run: Path, length: int) -> Row:
+    """What the metrics of a run say."""
+    steps = step_records(run)
+    later = steps[1:] or steps  # the first one compiles
+    evals = [record for record in read_metrics(run) if record["kind"] == "eval"]
+    return {
+        "length": length,
+        "steps": steps[-1]["step"],
+        "tokens": steps[-1]["tokens_seen"],
+        "step_s": statistics.median(record["seconds"] for record in later),
+        "tokens_per_second": statistics.median(record["tokens_per_second"] for record in later),
+        "peak_gib": max(record["peak_memory_gib"] for record in steps),
+        "first_loss": steps[0]["loss"],
+        "last_loss": statistics.fmean(record["loss"] for record in steps[-10:]),
+        "evals": [{key: record[key] for key in ("step", "eval_loss", "eval_tokens")} for record in evals],
+        "losses": [round(record["loss"], 4) for record in steps[:: max(1, len(steps) // 100)]],
+    }
+
+
+def count_parameters(folder: Path) -> int:
+    """Of an exported model; tied ones are there once."""
+    from safetensors import safe_open
+
+    total = 0
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, framework="pt") as weights:
+            for name in weights.keys():  # noqa: SIM118 (it is no dict)
+                total += torch.Size(weights.get_slice(name).get_shape()).numel()
+    return total
+
+
+def probe(story: Story) -> None:
+    """What both models find; and the first one with the rotary base of the second, if there is time."""
+    shape, work = story.shape, story.work
+    models = [
+        ("short", "short-model", None),
+        ("long", "long-model", None),
+        ("short-rope", "short-model", shape.rope_theta[1]),
+    ]
+    taken = 0.0
+    for name, folder, theta in models:
+        if name == "short-rope" and story.left_s < 1.2 * taken:
+            print(f"{name}: no time is left for it", flush=True)
+            continue
+        started = time.perf_counter()
+        retrieval.measure(
+            work / folder, work / "probes.jsonl", work / f"probe-{name}.jsonl", shape.buckets, theta
+        )
+        taken = time.perf_counter() - started
+        story.keep()
+
+
+def main(arguments: list[str] | None = None) -> None:
+    options = report.arguments(__doc__.splitlines()[0])
+    options.add_argument("--work", type=Path, required=True, help="folder for text, runs and models")
+    options.add_argument("--shape", choices=tuple(SHAPES), default="full")
+    options.add_argument("--stages", default=",".join(STAGES), help=f"some of {','.join(STAGES)}")
+    options.add_argument(
+        "--deadline-s", type=float, default=3600, help="the second stage has fewer steps then"
+    )
+    options.add_argument("--short-s", type=float, default=200, help="the first stage is stopped after these")
+    for stage in ("short", "long"):
+        options.add_argument(f"--{stage}-steps", type=int, help="in the place of the shape's")
+        options.add_argument(f"--{stage}-lr", type=float, help="in the place of the shape's")
+    args = options.parse_args(arguments)
+    stages = args.stages.split(",")
+    if unknown := [stage for stage in stages if stage not in STAGES]:
+        options.error(f"--stages: {', '.join(unknown)} is none of {', '.join(STAGES)}")
+    if args.out is None:
+        args.out = args.work
+    story = Story(args)
+    for stage in STAGES:
+        if stage not in stages:
+            continue
+        story.begin(stage)
+        if stage == "short":
+            short(story, args.short_s)
+        else:
+            {"corpus": corpus, "long": long, "probe": probe}[stage](story)
+    fine_tuning_results.write(story.facts, story.work, story.out)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,82 @@
+"""The two configs of `fine_tuning.py`, as a user would write them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+from fine_tuning_shapes import Shape
+
+Row = dict[str, Any]
+
+
+def write_yaml(path: Path, config: Row) -> None:
+    path.write_text(yaml.safe_dump(config, sort_keys=False, default_flow_style=None, width=110))
+
+
+def short_config(shape: Shape) -> Row:
+    """A run from random weights."""
+    return {
+        "model": {
+            "config": {
+                "model_type": "llama",
+                "vocab_size": shape.vocab_size,
+                "hidden_size": shape.hidden_size,
+                "intermediate_size": shape.intermediate_size,
+                "num_hidden_layers": shape.layers,
+                "num_attention_heads": shape.heads,
+                "num_key_value_heads": shape.heads,
+                "head_dim": shape.head_dim,
+                "max_position_embeddings": shape.long_length,
+                "rope_parameters": rope(shape.rope_theta[0]),
+                "tie_word_embeddings": True,
+                **{"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2},
+            }
+        },
+        "data": {
+            **{"source": "short.jsonl", "tokenizer": "tokenizer", "eval_fraction": 0, "cache_dir": "cache"},
+        },
+        # Everything is kept, nothing is computed twice: it is short, and is to be fast.
+        "sequence": {
+            **{"length": shape.short_length, "mini_sequence": False, "checkpoints": "none", "loss": "cce"},
+        },
+        "parallel": {"num_gpus": 1},
+        "optimizer": {"lr": shape.short_lr, "weight_decay": 0.01},
+        "schedule": {"warmup_steps": shape.short_warmup},
+        "train": {
+            "steps": shape.short_steps,
+            "global_batch_sequences": shape.short_batch,
+            "micro_batch_sequences": shape.short_batch,
+            "precision": shape.precision,
+        },
+        "checkpoint": {"at_first_step": False},
+        "log": {"run_dir": "runs/short", "tensorboard": False},
+    }
+
+
+def long_config(shape: Shape) -> Row:
+    """The run that goes on from it, at full length."""
+    return {
+        "model": {
+            "name": "short-model",
+            "config": {"rope_parameters": rope(shape.rope_theta[1])},
+        },
+        "data": {"source": "long.jsonl", "eval_source": "heldout.jsonl", "cache_dir": "cache"},
+        "sequence": {"length": shape.long_length},
+        "parallel": {"num_gpus": 1},
+        "optimizer": {"lr": shape.long_lr, "weight_decay": 0.01},
+        "schedule": {"warmup_steps": shape.long_warmup},
+        "train": {
+            "steps": shape.long_steps,
+            "precision": shape.precision,
+            "eval_every": shape.eval_every,
+            "eval_sequences": shape.heldout_documents // 2,
+        },
+        "checkpoint": {"every": shape.checkpoint_every},
+        "log": {"run_dir": "runs/long", "tensorboard": False},
+    }
+
+
+def rope(theta: float) -> Row:
+    return {"rope_type": "default", "rope_theta": theta}

@@ -1,0 +1,294 @@
+"""The text of `fine_tuning.py`: long documents out of the Python packages that are installed, with notes.
+
+python benchmarks/fine_tuning_corpus.py --work DIR [--shape tiny]
+
+A document is a run of a package's files (source and documentation) in the order of their paths, each below
+a heading with its path. Copies of a file count once; whole packages are held out. The same text is cut into
+short documents for the first stage, of several lengths, and into long ones for the second; they fill
+sequences to the token.
+
+All of them have notes that are asked for later in the same document (`fine_tuning_notes.py`). What is held
+out has names of its own, and the text of the probes is that of the held-out documents with other notes. The
+tokenizer never joins two lines, so that a document's tokens are those of its lines, and distances are exact.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from fine_tuning_notes import NOTE, Document, Notes, documents, find_names, plant
+from fine_tuning_shapes import SHAPES, Shape
+from fine_tuning_text import SPECIALS, Lines, read_packages, save_tokenizer, split_lines, train_tokenizer
+from tokenizers import Tokenizer
+
+PART_CHARACTERS = 3_000_000  # of a package that one process cuts at once
+IN_PROCESS_CHARACTERS = 30_000_000  # less is not worth starting processes
+TAIL_TOKENS_AN_ASK = 40  # of a probe's end, where its notes are asked
+Row = dict[str, Any]
+
+
+class Part(NamedTuple):
+    """Files of a package, and what a process needs to make documents of them."""
+
+    name: str
+    texts: list[str]
+    shape: Shape
+    tokenizer_json: str
+
+
+class Written(NamedTuple):
+    """A document as a line of JSON, which goes faster from one process to another than its lines do."""
+
+    line: str
+    tokens: int
+    distances: list[int]
+
+    @classmethod
+    def of(cls, document: Document) -> Written:
+        distances = [ask.distance for ask in document.asks]
+        return cls(json.dumps({"text": document.text}) + "\n", document.tokens, distances)
+
+
+class Cut(NamedTuple):
+    """The documents of a part."""
+
+    tokens: int
+    short: list[Written]
+    long: list[Written]
+
+
+def choose_heldout(
+    texts: dict[str, list[str]], tokenizer: Tokenizer, length: int, wanted: int
+) -> dict[str, Lines]:
+    """Packages, by the hash of their names, that make `wanted` whole documents; large ones are trained on."""
+    characters = {name: sum(map(len, some)) for name, some in texts.items()}
+    most = max(10 * length, sum(characters.values()) // 25)
+    chosen: dict[str, Lines] = {}
+    have = 0
+    for name in sorted(texts, key=lambda name: hashlib.sha256(name.encode()).digest()):
+        if have >= wanted:
+            return chosen
+        if not 2 * length <= characters[name] <= most:
+            continue
+        lines = split_lines(tokenizer, texts[name])
+        # A document takes no more of the text than its length.
+        if whole := sum(lines.tokens) // length:
+            chosen[name] = lines
+            have += whole
+    if have < wanted:
+        raise SystemExit(
+            f"the installed packages make {have} held-out documents of {length:,} tokens, {wanted} are "
+            "needed; install more packages, or choose another --shape."
+        )
+    return chosen
+
+
+def parts_of(name: str, texts: Sequence[str], shape: Shape, tokenizer: Tokenizer) -> Iterator[Part]:
+    """A package in parts that take a process some seconds."""
+    as_json = tokenizer.to_str()
+    some: list[str] = []
+    number = characters = 0
+    for text in texts:
+        some.append(text)
+        characters += len(text)
+        if characters > PART_CHARACTERS:
+            yield Part(f"{name}-{number}", some, shape, as_json)
+            number, some, characters = number + 1, [], 0
+    yield Part(f"{name}-{number}", some, shape, as_json)
+
+
+def cut(part: Part) -> Cut:
+    """Documents of both stages out of a part."""
+    tokenizer, shape = Tokenizer.from_str(part.tokenizer_json), part.shape
+    lines = split_lines(tokenizer, part.texts)
+    names, _ = find_names(tokenizer)
+    stages = (
+        (shape.short_lengths, shape.short_tokens_a_note),
+        ((shape.long_length,), shape.long_tokens_a_note),
+    )
+    short, long = (
+        [
+            Written.of(document)
+            for document in documents(
+                lines, lengths, tokens_a_note, Notes(tokenizer, names, f"{part.name} {lengths}")
+            )
+        ]
+        for lengths, tokens_a_note in stages
+    )
+    return Cut(sum(lines.tokens), short, long)
+
+
+def cut_all(parts: Sequence[Part]) -> Iterator[Cut]:
+    """Each part, on all cores if there is much to do."""
+    if sum(len(text) for part in parts for text in part.texts) < IN_PROCESS_CHARACTERS:
+        yield from map(cut, parts)
+        return
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # of the processes: each has one core
+    workers = min(16, len(os.sched_getaffinity(0)), len(parts))
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        yield from pool.map(cut, parts)
+    del os.environ["TOKENIZERS_PARALLELISM"]
+
+
+class Writer:
+    """Documents as JSONL, and their number and sizes."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.draft = path, path.with_name(f".{path.name}.partial")
+        self.tokens: list[int] = []
+        self.distances: list[int] = []
+        self._file = self.draft.open("w")
+
+    def add(self, some: Iterable[Written]) -> None:
+        for document in some:
+            self._file.write(document.line)
+            self.tokens.append(document.tokens)
+            self.distances += document.distances
+
+    def end(self) -> Row:
+        """Put the file in its place; what is in it."""
+        self._file.close()
+        os.replace(self.draft, self.path)
+        return {
+            "documents": len(self.tokens),
+            "tokens": sum(self.tokens),
+            "shortest_tokens": min(self.tokens),
+            "longest_tokens": max(self.tokens),
+            "notes": len(self.distances),
+            "longest_distance_tokens": max(self.distances),
+        }
+
+
+def by_content(some: Iterable[Written]) -> list[Written]:
+    """In the order of their hashes, which mixes the packages."""
+    return sorted(some, key=lambda document: hashlib.sha256(document.line.encode()).digest())
+
+
+def write_training(parts: Sequence[Part], work: Path, most_long: int) -> Row:
+    """`short.jsonl` and `long.jsonl`."""
+    short, long = Writer(work / "short.jsonl"), Writer(work / "long.jsonl")
+    longs, tokens = [], 0
+    for found in cut_all(parts):
+        short.add(found.short)
+        longs += found.long
+        tokens += found.tokens
+    long.add(by_content(longs)[:most_long])
+    return {"train_tokens": tokens, "short": short.end(), "long": long.end()}
+
+
+def write_heldout(shape: Shape, work: Path, tokenizer: Tokenizer, heldout: dict[str, Lines]) -> Row:
+    """`heldout.jsonl`, and `probes.jsonl`: documents that ask at their end what they noted before it.
+
+    A row of the probes has the tokens `ids` of the document, `control` without its notes, and `asks`: for
+    each the wished and the exact distance, and `from_end`, how many tokens from the end its code begins.
+    """
+    _, names = find_names(tokenizer)
+    whole, rows = [], []
+    for name, lines in heldout.items():
+        notes = Notes(tokenizer, names, f"{name} held out")
+        whole += map(Written.of, documents(lines, (shape.long_length,), shape.long_tokens_a_note, notes))
+        notes, start = Notes(tokenizer, names, f"{name} probe"), 0
+        while len(rows) < shape.heldout_documents and sum(lines.tokens[start:]) > shape.long_length:
+            used, row = probe(shape, tokenizer, lines, start, notes)
+            rows.append(row)
+            start += used
+    writer = Writer(work / "heldout.jsonl")
+    writer.add(by_content(whole)[: shape.heldout_documents])
+    draft = work / ".probes.jsonl.partial"
+    draft.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    os.replace(draft, work / "probes.jsonl")
+    probes = {"documents": len(rows), "asks": sum(len(row["asks"]) for row in rows)}
+    return {"heldout_packages": list(heldout), "heldout": writer.end(), "probes": probes}
+
+
+def probe(
+    shape: Shape, tokenizer: Tokenizer, lines: Lines, start: int, notes: Notes
+) -> tuple[int, dict[str, Any]]:
+    """A document of the probe out of the lines from `start` on: how many it took, and its row."""
+    wished = [distance for distance in shape.distances for _ in range(shape.asks_a_distance)]
+    notes.draw.shuffle(wished)
+    first = shape.long_length - 2 * notes.ask_tokens - len(wished) * TAIL_TOKENS_AN_ASK
+    # The code stands further back in the line that asks than in the note.
+    shift = notes.ask_code - notes.note_code
+    asked_at = [first + place * TAIL_TOKENS_AN_ASK for place in range(len(wished))]
+    places = [(at - distance + shift, at) for at, distance in zip(asked_at, wished, strict=True)]
+    asks = notes.asks(len(wished))
+    document = plant(lines, start, shape.long_length, asks, places, notes)
+    noted = {NOTE.format(name=ask.name, code=ask.code) for ask in asks}
+    control = "".join(line for line in document.lines if line not in noted)
+    bos = tokenizer.token_to_id(SPECIALS[0])
+    ids, others = ([bos, *tokenizer.encode(text).ids] for text in (document.text, control))
+    found = []
+    for ask, distance in zip(asks, wished, strict=True):
+        for at in (ask.note_at, ask.ask_at):
+            assert tokenizer.decode(ids[at : at + len(ask.code)]) == ask.code
+        found.append(
+            {
+                "name": ask.name,
+                "code": ask.code,
+                "wished_tokens": distance,
+                "distance_tokens": ask.distance,
+                "from_end": len(ids) - ask.ask_at,
+            }
+        )
+    return document.used, {"ids": ids, "control": others, "asks": found}
+
+
+def build(shape: Shape, work: Path) -> Row:
+    """Tokenizer, documents of both stages, held-out documents and probes, as files in `work`; their facts."""
+    started = time.perf_counter()
+    work.mkdir(parents=True, exist_ok=True)
+    texts = read_packages(shape.max_text_mb)
+    characters = sum(len(text) for some in texts.values() for text in some)
+    say = lambda what: print(f"{what}: {time.perf_counter() - started:.0f} s", flush=True)  # noqa: E731
+    say(f"{len(texts)} packages, {characters / 1e6:.0f} MB of text")
+    tokenizer = train_tokenizer([text for some in texts.values() for text in some], shape.vocab_size)
+    save_tokenizer(tokenizer, work / "tokenizer")
+    say("tokenizer")
+    heldout = choose_heldout(texts, tokenizer, shape.long_length, shape.heldout_documents)
+    facts = write_heldout(shape, work, tokenizer, heldout)
+    say("held-out documents")
+    parts = [
+        part
+        for name, some in texts.items()
+        if name not in heldout
+        for part in parts_of(name, some, shape, tokenizer)
+    ]
+    names, other_names = find_names(tokenizer)
+    facts = {
+        "packages": len(texts),
+        "characters": characters,
+        "vocab_size": tokenizer.get_vocab_size(),
+        "names": len(names),
+        "heldout_names": len(other_names),
+        **write_training(parts, work, shape.train_documents),
+        **facts,
+        "seconds": time.perf_counter() - started,
+    }
+    say("documents")
+    draft = work / ".corpus.json.partial"
+    draft.write_text(json.dumps(facts, indent=2))
+    os.replace(draft, work / "corpus.json")
+    return facts
+
+
+def main(arguments: list[str] | None = None) -> None:
+    options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    options.add_argument("--work", type=Path, required=True, help="folder for the files")
+    options.add_argument("--shape", choices=tuple(SHAPES), default="full")
+    args = options.parse_args(arguments)
+    facts = build(SHAPES[args.shape], args.work)
+    print(json.dumps(facts), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,162 @@
+"""Tables and picture of `fine_tuning.py`, from what its stages left in their folder."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import report
+import retrieval
+
+MODELS = {
+    "short": "before: trained at short length",
+    "short-rope": "before, with the rotary base of the second stage",
+    "long": "after: fine-tuned at full length",
+}
+COLORS = {"short": "tab:orange", "short-rope": "0.6", "long": "tab:blue"}
+NOTE = """The base model was made here, from random weights, on short documents; there is nothing to
+download where this runs. The text is source code and documentation of installed Python packages. **Notes
+with random codes were planted in all of it**, and asked for later in the same document, in both stages: they
+are what shows whether training at full length teaches a small model to look far back in a few dozen steps.
+Held-out documents are of other packages, with other names and codes; the probe asks what they noted so many
+tokens before. A code of 8 digits is found if each digit is the likeliest token, given those before it. The
+control is the same document without its notes; guessing digits costs 2.303 nats a token. The second stage
+raises the base of the rotary embedding, as is usual; the same is shown without the training, too. Commands
+were typed as shown, in the folder of the files."""
+Row = dict[str, Any]
+
+
+def write(story: Row, work: Path, out: Path, show: bool = True) -> None:
+    """JSON, Markdown and picture of whatever is there so far."""
+    probed = read_probes(work)
+    retrieved = [
+        {"model": name, **row} for name, rows in probed.items() for row in retrieval.by_distance(rows)
+    ]
+    positions = [
+        {"model": name, **row} for name, rows in probed.items() for row in retrieval.by_position(rows)
+    ]
+    tables = [
+        ("What was found, by distance", [_retrieval_row(row) for row in retrieved]),
+        ("Loss by position in held-out documents, without notes", _position_rows(positions)),
+        ("What was typed", [_command_row(row) for row in story["commands"]]),
+        ("The runs", _run_rows(story)),
+        ("The text", _corpus_rows(story)),
+    ]
+    report.write(
+        "fine_tuning",
+        "A model fine-tuned at full length, from its text to what it looks up",
+        retrieved,
+        out,
+        tables=[(heading, rows) for heading, rows in tables if rows],
+        note=NOTE,
+        show=show,
+        loss_by_position=positions,
+        **story,
+    )
+    if retrieved:
+        draw(retrieved, out / "fine_tuning.png")
+
+
+def read_probes(work: Path) -> dict[str, list[Row]]:
+    """The rows of each model that has been probed."""
+    paths = {name: work / f"probe-{name}.jsonl" for name in MODELS}
+    return {
+        name: [json.loads(line) for line in path.read_text().splitlines()]
+        for name, path in paths.items()
+        if path.exists()
+    }
+
+
+def _retrieval_row(row: Row) -> Row:
+    return {
+        "model": MODELS[row["model"]],
+        "tokens back": round(row["distance_tokens"]),
+        "asks": row["asks"],
+        "found %": 100 * row["found"],
+        "loss a code token": row["loss"],
+        "control: found %": 100 * row["control_found"],
+        "control: loss": row["control_loss"],
+    }
+
+
+def _position_rows(positions: Sequence[Row]) -> list[Row]:
+    rows: dict[str, Row] = {}
+    for row in positions:
+        table_row = rows.setdefault(row["model"], {"model": MODELS[row["model"]]})
+        table_row[f"{row['from']:,} to {row['to']:,}"] = row["loss"]
+    return list(rows.values())
+
+
+def _command_row(row: Row) -> Row:
+    return {"command": f"`{row['command']}`", "seconds": row["seconds"], "ended": row["ended"]}
+
+
+def _run_rows(story: Row) -> list[Row]:
+    rows = []
+    for stage in ("short", "long"):
+        if (run := story.get(stage)) is None:
+            continue
+        rows.append(
+            {
+                "run": stage,
+                "parameters": run["parameters"],
+                "tokens a sequence": run["length"],
+                "steps": run["steps"],
+                "tokens": run["tokens"],
+                "s a step": run["step_s"],
+                "planned s": run.get("planned", {}).get("step_s"),
+                "peak GiB": run["peak_gib"],
+                "planned GiB": run.get("planned", {}).get("peak_gib"),
+                "last loss": run["last_loss"],
+                "held-out loss": _evals(run),
+                "same losses after the kill": run.get("kill", {}).get("equal"),
+            }
+        )
+    return rows
+
+
+def _evals(run: Row) -> str | None:
+    return ", ".join(f"{row['eval_loss']:.4f} at {row['step']}" for row in run["evals"]) or None
+
+
+def _corpus_rows(story: Row) -> list[Row]:
+    corpus = story.get("corpus")
+    if corpus is None:
+        return []
+    return [{"documents of": part, **corpus[part]} for part in ("short", "long", "heldout")]
+
+
+def draw(rows: Sequence[Row], path: Path) -> None:
+    """What is found, and the loss of a code, over the distance; one line a model."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot, ticker
+
+    figure, (found, loss) = pyplot.subplots(1, 2, figsize=(11, 4.5))
+    for name in dict.fromkeys(row["model"] for row in rows):
+        some = [row for row in rows if row["model"] == name]
+        distances = [row["distance_tokens"] for row in some]
+        style = {"color": COLORS[name], "marker": "o", "label": MODELS[name]}
+        found.plot(distances, [100 * row["found"] for row in some], **style)
+        loss.plot(distances, [row["loss"] for row in some], **style)
+        control = [row["control_loss"] for row in some]
+        loss.plot(distances, control, color=COLORS[name], linestyle=":", linewidth=1)
+    found.set_ylabel("codes found, %")
+    found.set_ylim(-3, 103)
+    loss.set_ylabel("loss a code token, nats (dotted: without the note)")
+    for axis in (found, loss):
+        axis.set_xscale("log", base=2)
+        axis.xaxis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:,.0f}"))
+        axis.set_xlabel("tokens from the note to the question")
+        axis.grid(alpha=0.3)
+    found.legend(fontsize=8, frameon=False)
+    figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f".{path.name}.partial")
+    figure.savefig(draft, format="png", dpi=130)
+    pyplot.close(figure)
+    os.replace(draft, path)

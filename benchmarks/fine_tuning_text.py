@@ -1,0 +1,143 @@
+"""Text out of the Python packages that are installed, and its tokenizer, for `fine_tuning.py`."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+import re
+import site
+import sysconfig
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+SUFFIXES = (".py", ".pyi", ".rst", ".md", ".txt")
+MIN_FILE_CHARACTERS = 300
+MAX_FILE_BYTES = 400_000  # larger ones are tables
+MAX_LINE_CHARACTERS = 600
+MAX_DIGITS = 0.1  # share of a file's characters; tables have more
+NO_FOLDER = re.compile(r"__pycache__|lib2to3|idlelib|\.dist-info|\.egg-info|licen[cs]e", re.I)
+SAMPLE_BYTES = 24_000_000  # that the tokenizer is trained on
+SPECIALS = ("<|bos|>", "<|eos|>", "<|pad|>")
+
+
+class Lines(NamedTuple):
+    """A package's text: its lines, each with its newline, and the tokens of each."""
+
+    texts: list[str]
+    tokens: list[int]
+
+
+def packages() -> dict[str, list[Path]]:
+    """The text files of each installed package, and of the standard library, in the order of their paths."""
+    library = Path(sysconfig.get_path("stdlib"))
+    roots = sorted(
+        {Path(root).resolve() for root in (*site.getsitepackages(), sysconfig.get_path("purelib"))}
+    )
+    found: dict[str, list[Path]] = {}
+    for root in (*roots, library):
+        for folder, below, files in os.walk(root):
+            place = Path(folder).relative_to(root)
+            below[:] = sorted(
+                name for name in below if not NO_FOLDER.search(name) and not name.endswith("-packages")
+            )
+            package = "python" if root == library else place.parts[0] if place.parts else None
+            if package is not None:
+                paths = [Path(folder) / name for name in sorted(files) if name.endswith(SUFFIXES)]
+                found.setdefault(package, []).extend(paths)
+    return {package: found[package] for package in sorted(found) if found[package]}
+
+
+def read(path: Path) -> str | None:
+    """A file's text with Unix newlines; None where it is no text to learn from."""
+    try:
+        if not MIN_FILE_CHARACTERS <= path.stat().st_size <= MAX_FILE_BYTES:
+            return None
+        text = path.read_text("utf-8")
+    except (OSError, UnicodeDecodeError):
+        return None
+    text = text.replace("\r\n", "\n").replace("\r", "\n").strip("\n") + "\n"
+    digits = sum(map(text.count, "0123456789"))
+    if digits > MAX_DIGITS * len(text) or any(special in text for special in SPECIALS):
+        return None
+    return None if max(map(len, text.split("\n"))) > MAX_LINE_CHARACTERS else text
+
+
+def read_packages(max_mb: float) -> dict[str, list[str]]:
+    """Texts of each package, each text once, below headings; at most `max_mb` of them all."""
+    seen: set[bytes] = set()
+    found: dict[str, list[str]] = {}
+    room = max_mb * 1e6
+    with ThreadPoolExecutor(16) as pool:
+        for package, paths in packages().items():
+            root = paths[0].parent
+            while package != "python" and root.name != package:
+                root = root.parent
+            for path, text in zip(paths, pool.map(read, paths), strict=True):
+                if text is None or (digest := hashlib.sha256(text.encode()).digest()) in seen:
+                    continue
+                seen.add(digest)
+                place = "/".join(path.parts[-4:]) if package == "python" else path.relative_to(root.parent)
+                found.setdefault(package, []).append(f"# file: {place}\n{text}\n")
+                room -= len(text)
+                if room < 0:
+                    return found
+    return found
+
+
+def train_tokenizer(texts: Sequence[str], vocab_size: int) -> Tokenizer:
+    """A byte-level BPE of a sample of the texts, whose tokens never span two lines or two digits."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex("\n"), "merged_with_previous"),
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=list(SPECIALS),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    step = max(1, math.ceil(sum(map(len, texts)) / SAMPLE_BYTES))
+    tokenizer.train_from_iterator(texts[::step], trainer)
+    return tokenizer
+
+
+def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
+    """As Hugging Face's own."""
+    from transformers import PreTrainedTokenizerFast
+
+    bos, eos, pad = SPECIALS
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token=bos,
+        eos_token=eos,
+        pad_token=pad,
+        clean_up_tokenization_spaces=False,
+    ).save_pretrained(folder)
+
+
+def split_lines(tokenizer: Tokenizer, texts: Sequence[str]) -> Lines:
+    """The lines of a package and how many tokens each has."""
+    vocabulary = tokenizer.get_vocab()
+    newline = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False).pre_tokenize_str("\n")[0][0]
+    ends = np.zeros(len(vocabulary), bool)
+    ends[[token_id for token, token_id in vocabulary.items() if newline in token]] = True
+    lines, tokens = [], []
+    for start in range(0, len(texts), 256):
+        part = texts[start : start + 256]
+        for text, encoding in zip(part, tokenizer.encode_batch_fast(part), strict=True):
+            places = np.flatnonzero(ends[np.array(encoding.ids)])
+            lines += text.splitlines(True) if text.isascii() else re.findall("[^\n]*\n", text)
+            tokens += np.diff(places, prepend=-1).tolist()
+            assert len(lines) == len(tokens), "a line is not what ends with a newline"
+    return Lines(lines, tokens)

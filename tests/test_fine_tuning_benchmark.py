@@ -1,0 +1,311 @@
+"""The fine-tuning story: its text and notes, its probes, and what it says of a kill and of a deadline."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import pytest
+import torch
+from benchmark_modules import imported
+from torch import Tensor, nn
+
+NAMES = (
+    *("report", "retrieval", "fine_tuning_shapes", "fine_tuning_text", "fine_tuning_notes"),
+    *("fine_tuning_configs", "fine_tuning_corpus", "fine_tuning_results", "fine_tuning"),
+)
+FILES = ("short.jsonl", "long.jsonl", "heldout.jsonl", "probes.jsonl")
+
+
+@pytest.fixture
+def bench(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, ModuleType]]:
+    """The modules of the folder, as the script imports them, and gone afterwards."""
+    yield from imported(monkeypatch, NAMES)
+
+
+@pytest.fixture
+def packages(bench: dict[str, ModuleType], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Packages of a few files: what is installed differs from machine to machine."""
+    words = [f"word{letter}{other}" for letter in "abcdefgh" for other in "abcdefgh"]
+    names = [f"{first}{second}{third}" for first in "bdgk" for second in "aeo" for third in ("lum", "rin")]
+    found: dict[str, list[Path]] = {}
+    for package in range(8):
+        folder = tmp_path / "installed" / f"package{package}"
+        folder.mkdir(parents=True)
+        for number in range(4):
+            lines = [
+                f"    {words[(line * 7 + number + package) % 64]} = {names[(line + package) % 24]}({line})"
+                for line in range(60)
+            ]
+            path = folder / f"file{number}.py"
+            path.write_text("def run():\n" + "\n".join(lines) + "\n")
+            found.setdefault(folder.name, []).append(path)
+        copy = folder / "copy.py"
+        copy.write_text(path.read_text())
+        found[folder.name].append(copy)
+    monkeypatch.setattr(bench["fine_tuning_text"], "packages", lambda: found)
+
+
+def documents_of(path: Path) -> list[str]:
+    return [json.loads(line)["text"] for line in path.read_text().splitlines()]
+
+
+@pytest.mark.usefixtures("packages")
+def test_corpus_is_the_same_each_time_and_notes_are_asked_once(bench, tmp_path: Path) -> None:
+    shape = bench["fine_tuning_shapes"].SHAPES["tiny"]
+    facts = bench["fine_tuning_corpus"].build(shape, tmp_path / "one")
+    bench["fine_tuning_corpus"].build(shape, tmp_path / "two")
+    for name in FILES:
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes(), name
+    seen: dict[str, set[str]] = {}
+    for part, length in (("short", 256), ("long", 1024), ("heldout", 1024)):
+        found = documents_of(tmp_path / "one" / f"{part}.jsonl")
+        assert len(found) == facts[part]["documents"]
+        for text in found:
+            notes = noted_codes(text)
+            assert notes, text
+            seen.setdefault("heldout" if part == "heldout" else "train", set()).update(notes)
+        assert facts[part]["longest_tokens"] == length
+    assert not seen["heldout"] & seen["train"]
+    text = "".join(documents_of(tmp_path / "one" / "short.jsonl") + documents_of(tmp_path / "one/long.jsonl"))
+    assert not [package for package in facts["heldout_packages"] if f"# file: {package}/" in text]
+    assert "/file3.py" in text
+    assert "/copy.py" not in text  # a text counts once
+
+
+def noted_codes(text: str) -> dict[str, str]:
+    """Name and code of each note; each is asked and answered once, behind it."""
+    codes: dict[str, str] = {}
+    answered: list[str] = []
+    for line in text.splitlines():
+        if line.startswith("# note: code of "):
+            name, code = line.removeprefix("# note: code of ").split("=")
+            assert name not in codes
+            assert len(code) == 8
+            codes[name] = code
+        elif line.startswith("# asked: code of "):
+            name, code = line.removeprefix("# asked: code of ").split("=")
+            assert codes[name] == code
+            answered.append(name)
+    assert sorted(answered) == sorted(codes)
+    return codes
+
+
+@pytest.mark.usefixtures("packages")
+def test_tokens_are_those_of_the_saved_tokenizer(bench, tmp_path: Path) -> None:
+    """A run tokenises the text again: lengths and distances must be what the corpus says."""
+    from transformers import AutoTokenizer
+
+    facts = bench["fine_tuning_corpus"].build(bench["fine_tuning_shapes"].SHAPES["tiny"], tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "tokenizer")
+    for part, wanted in (("short", {256, 128}), ("long", {1024}), ("heldout", {1024})):
+        found = documents_of(tmp_path / f"{part}.jsonl")
+        lengths = [len(tokenizer(text, add_special_tokens=False).input_ids) + 2 for text in found]
+        assert set(lengths) == wanted
+        assert sum(lengths) == facts[part]["tokens"]
+        assert (min(lengths), max(lengths)) == (
+            facts[part]["shortest_tokens"],
+            facts[part]["longest_tokens"],
+        )
+    for probe in probes_of(tmp_path):
+        whole, control = (tokenizer.convert_ids_to_tokens(probe[part]) for part in ("ids", "control"))
+        for ask in probe["asks"]:
+            digits = list(ask["code"])
+            asked_at = len(whole) - ask["from_end"]
+            noted_at = asked_at - ask["distance_tokens"]
+            assert whole[asked_at : asked_at + 8] == whole[noted_at : noted_at + 8] == digits
+            assert (
+                abs(ask["distance_tokens"] - ask["wished_tokens"]) < 80
+            )  # planted lines, and one of the text
+            assert control[len(control) - ask["from_end"] :][:8] == digits
+            assert "".join(whole).count(ask["code"]) == 2
+            assert "".join(control).count(ask["code"]) == 1
+
+
+def probes_of(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "probes.jsonl").read_text().splitlines()]
+
+
+def test_a_line_that_no_document_has_room_for_is_left_out(bench) -> None:
+    notes = bench["fine_tuning_notes"]
+    sizes = SimpleNamespace(note_tokens=10, note_code=5, ask_tokens=12, ask_code=6)
+    draw = SimpleNamespace(
+        asks=lambda count: [notes.Ask(" name", "12345678") for _ in range(count)],
+        places=lambda count, _: [(0, 20)] * count,
+        **vars(sizes),
+    )
+    lines = bench["fine_tuning_text"].Lines(
+        ["short\n"] * 9 + ["long\n"] + ["short\n"] * 9, [8] * 9 + [90] + [8] * 9
+    )
+    found = list(notes.documents(lines, [64], 64, draw))
+    assert [document.tokens for document in found] == [64, 64, 64]
+    text = "".join(document.text for document in found)
+    assert "long" not in text
+    assert text.count("short") == sum(document.used for document in found) == 14
+
+
+class Copier:
+    """Says what followed the last three tokens where they stood before, if that is near; else a wrong one."""
+
+    def __init__(self, vocab_size: int, reach: int, surety: float) -> None:
+        self.reach, self.surety = reach, surety
+        self.lm_head = nn.Linear(vocab_size, vocab_size, bias=False)
+        nn.init.eye_(self.lm_head.weight)
+
+    def model(self, input_ids: Tensor, use_cache: bool) -> SimpleNamespace:
+        assert not use_cache
+        ids: Sequence[int] = input_ids[0].tolist()
+        hidden = torch.zeros(1, len(ids), self.lm_head.in_features)
+        for place in range(2, len(ids)):
+            guess = 0
+            for before in range(place - 1, max(1, place - self.reach - 1), -1):
+                if ids[before - 2 : before + 1] == ids[place - 2 : place + 1]:
+                    guess = ids[before + 1]
+                    break
+            hidden[0, place, guess] = self.surety
+        return SimpleNamespace(last_hidden_state=hidden)
+
+
+def drawn_probe(distances: Sequence[int]) -> dict:
+    """Text whose tokens (100 and up) never come again, with codes behind names of three tokens each."""
+    filler = iter(range(100, 1000))
+    length = 2 * max(distances) + 60
+    ids = [next(filler) for _ in range(length)]
+    control, asks = list(ids), []
+    for number, distance in enumerate(distances):
+        planted = list(range(1 + 11 * number, 12 + 11 * number))
+        asked_at = length - 15 * (number + 1)
+        for some in (ids, control):
+            some[asked_at - 3 : asked_at + 8] = planted
+        ids[asked_at - distance - 3 : asked_at - distance + 8] = planted
+        ask = {"code": "12345678", "wished_tokens": distance, "distance_tokens": distance}
+        asks.append({**ask, "from_end": length - asked_at})
+    return {"ids": ids, "control": control, "asks": asks}
+
+
+def test_a_model_that_copies_from_near_finds_what_is_near(bench) -> None:
+    retrieval = bench["retrieval"]
+    probe = drawn_probe([60, 100, 200])
+    rows = list(
+        retrieval.score(Copier(1000, reach=150, surety=20.0), [probe, probe], [64, len(probe["ids"])])
+    )
+    near, middle, far = retrieval.by_distance(rows)
+    assert [row["asks"] for row in (near, middle, far)] == [2, 2, 2]
+    assert near["found"] == middle["found"] == 1
+    assert near["loss"] == pytest.approx(0, abs=1e-3)
+    assert far["found"] == far["control_found"] == near["control_found"] == 0
+    # The right tokens, at 0, against a wrong one at 20.
+    assert far["loss"] == pytest.approx(20, abs=1e-2)
+    assert far["control_loss"] == pytest.approx(20, abs=1e-2)
+
+
+def test_a_code_is_found_if_all_its_digits_are(bench) -> None:
+    probe = drawn_probe([40])
+    at = len(probe["ids"]) - probe["asks"][0]["from_end"]
+    probe["ids"][at + 7] = 99  # the last digit is another one than was noted
+    (row,) = bench["retrieval"].score(Copier(1000, 150, 20.0), [probe], [len(probe["ids"])])
+    assert row["asks"][0]["found"] is False
+    assert row["asks"][0]["loss"] == pytest.approx(20 / 8, abs=1e-2)
+
+
+def test_loss_by_position_covers_each_token_once(bench) -> None:
+    probe = drawn_probe([40, 100])
+    model, length = Copier(1000, 150, 3.0), len(probe["ids"])
+    (row,) = bench["retrieval"].score(model, [probe], [50, 120, 4096])
+    ids = torch.tensor(probe["control"])
+    logits = model.lm_head(model.model(ids[None], use_cache=False).last_hidden_state[0])
+    losses = nn.functional.cross_entropy(logits[:-1], ids[1:], reduction="none").detach()
+    assert [place["tokens"] for place in row["positions"]] == [49, 70, length - 120]
+    parts = losses.split([49, 70, length - 120])
+    assert [place["nll"] for place in row["positions"]] == pytest.approx(
+        [float(part.sum()) for part in parts]
+    )
+    means = [found["loss"] for found in bench["retrieval"].by_position([row, row])]
+    assert means == pytest.approx([float(part.mean()) for part in parts])
+
+
+def step(number: int, loss: float, seconds: float) -> dict:
+    return {"kind": "step", "step": number, "loss": loss, "seconds": seconds}
+
+
+def test_steps_taken_again_are_compared(bench) -> None:
+    compare = bench["fine_tuning"].compare
+    before = [step(1, 3.0, 0.1), step(2, 2.5, 0.2), step(3, 2.25, 0.3)]
+    again = [step(1, 3.0, 0.1), step(2, 2.5, 0.25), step(3, 2.25, 0.35), step(4, 2.0, 0.1)]
+    found = compare(before, again)
+    assert (found["steps_again"], found["equal"], found["largest_difference"]) == ([2, 3], True, 0)
+    again[2]["loss"] = 2.5
+    found = compare(before, again)
+    assert (found["equal"], found["largest_difference"]) == (False, 0.25)
+    assert compare(before[:1], again)["equal"] is False  # nothing was taken again: nothing is shown
+
+
+def test_a_run_is_killed_only_behind_a_whole_checkpoint(bench, tmp_path: Path) -> None:
+    is_past = bench["fine_tuning"].is_past_checkpoint
+    checkpoints = tmp_path / "checkpoints"
+    checkpoints.mkdir()
+    (tmp_path / "metrics.jsonl").write_text(
+        "".join(json.dumps(step(n, 1.0, 0.1)) + "\n" for n in range(1, 5))
+    )
+    (checkpoints / "latest").write_text("step-00000001")
+    assert not is_past(tmp_path, 2, 1)
+    (checkpoints / "step-00000002").mkdir()
+    assert is_past(tmp_path, 2, 1)
+    assert is_past(tmp_path, 2, 2)
+    assert not is_past(tmp_path, 2, 3)
+
+
+def test_a_deadline_shortens_the_second_stage(bench) -> None:
+    fine_tuning, shape = bench["fine_tuning"], bench["fine_tuning_shapes"].SHAPES["full"]
+    steps = [
+        fine_tuning.steps_in_time(SimpleNamespace(shape=shape, left_s=left_s), 2.0)
+        for left_s in (3600.0, 210.0, 10.0)
+    ]
+    assert steps[0] == shape.long_steps
+    assert 2 * shape.checkpoint_every < steps[1] < shape.long_steps
+    assert steps[2] == 2 * shape.checkpoint_every
+    # What is left is not gone before the steps are: those of the kill come twice.
+    assert (steps[1] + shape.kill_after) * 2.0 + 2 * fine_tuning.START_S + fine_tuning.PROBE_S < 210
+
+
+def test_configs_are_valid_and_the_second_goes_on_from_the_first(bench, tmp_path: Path) -> None:
+    from longseq.launch.config import RunConfig
+    from longseq.launch.config_file import load_config
+
+    fine_tuning = bench["fine_tuning"]
+    for shape in bench["fine_tuning_shapes"].SHAPES.values():
+        found: list[RunConfig] = []
+        for name, config in (
+            ("short", fine_tuning.short_config(shape)),
+            ("long", fine_tuning.long_config(shape)),
+        ):
+            fine_tuning.write_yaml(tmp_path / f"{name}.yaml", config)
+            found.append(load_config(str(tmp_path / f"{name}.yaml")))
+        assert found[0].model.config["max_position_embeddings"] >= found[1].sequence.length
+        assert found[1].model.name == "short-model"
+        assert max(shape.distances) + 1000 * (shape.long_length > 2000) < shape.long_length
+        # The kill comes behind the first checkpoint and before the last step.
+        assert shape.checkpoint_every + shape.kill_after < 2 * shape.checkpoint_every <= shape.long_steps
+
+
+def test_tables_are_written_from_what_is_there(bench, tmp_path: Path) -> None:
+    results, probe = bench["fine_tuning_results"], drawn_probe([40, 100])
+    story = {
+        "shape": "tiny",
+        "commands": [{"command": "longseq train x.yaml", "seconds": 1.5, "ended": "done"}],
+    }
+    results.write(story, tmp_path, tmp_path / "out", show=False)
+    assert not (tmp_path / "out" / "fine_tuning.png").exists()
+    rows = list(bench["retrieval"].score(Copier(1000, 60, 20.0), [probe], [64, 4096]))
+    (tmp_path / "probe-long.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    results.write(story, tmp_path, tmp_path / "out", show=False)
+    found = json.loads((tmp_path / "out" / "fine_tuning.json").read_text())
+    assert [(row["model"], row["wished_tokens"], row["found"]) for row in found["rows"]] == [
+        ("long", 40, 1),
+        ("long", 100, 0),
+    ]
+    assert found["commands"] == story["commands"]
+    assert "`longseq train x.yaml`" in (tmp_path / "out" / "fine_tuning.md").read_text()
+    assert (tmp_path / "out" / "fine_tuning.png").stat().st_size > 1000
