@@ -2,7 +2,6 @@
 
 python benchmarks/decoder.py --out benchmarks/results                   # everything, an hour on an H200
 python benchmarks/decoder.py --variants liger longseq-host --lengths 16384 65536 --minutes 9 --add --out DIR
-python benchmarks/decoder.py --probe 1000000 2000000 --every 4 --head-groups 8 --step-in-backward
 python benchmarks/decoder.py --shape tiny --lengths 64 128              # on a CPU too, to see that it works
 """
 
@@ -18,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import decoder_plot
-import decoder_probe
 import report
 import torch
 from decoder_anchors import MissingError
@@ -306,7 +304,6 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--repeats", type=int, default=1)
     options.add_argument("--minutes", type=float, help="begin nothing that would end later")
     options.add_argument("--add", action="store_true", help="keep the other rows that are in --out already")
-    decoder_probe.add_options(options)
     return options
 
 
@@ -314,9 +311,6 @@ def main(arguments: list[str] | None = None) -> None:
     args = parser().parse_args(arguments)
     if not torch.cuda.is_available() and args.shape != "tiny":
         raise SystemExit("A model of this size needs a CUDA GPU; on a CPU give --shape tiny.")
-    if args.probe:
-        decoder_probe.main(args)
-        return
     try:
         variants = choose(args.variants)
     except ValueError as error:

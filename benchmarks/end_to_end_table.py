@@ -14,7 +14,7 @@ GIB = 2**30
 LONG_TOKENS = 65536
 KEPT = (
     *("config", "overrides", "gpus", "tokens", "kind", "memory_only", "note", "environment"),
-    *("seconds", "tokens_per_second", "model_tflops_per_gpu", "peak_bytes", "host_pinned_bytes"),
+    *("seconds", "tokens_per_second", "model_tflops_per_gpu", "loss", "norm", "peak_gib", "host_pinned_gib"),
 )
 """Of a row of `longseq bench`, which holds the whole config too."""
 SEQUENCE_PARALLEL = Path(__file__).with_name("results") / "sequence_parallel.json"
@@ -244,8 +244,10 @@ def shown_run(row: Row) -> Row:
         "state": row.get("note") or state,
         "s": row.get("seconds"),
         "tokens/s": round(speed) if speed and not row.get("memory_only") else None,
-        "peak GiB": in_gib(row.get("peak_bytes")),
-        "host GiB": in_gib(row.get("host_pinned_bytes")),
+        "loss": row.get("loss"),
+        "norm": row.get("norm"),
+        "peak GiB": row.get("peak_gib"),
+        "host GiB a process": row.get("host_pinned_gib"),
     }
 
 

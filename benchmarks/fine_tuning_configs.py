@@ -30,6 +30,7 @@ def short_config(shape: Shape) -> Row:
                 "head_dim": shape.head_dim,
                 "max_position_embeddings": shape.long_length,
                 "rope_parameters": rope(shape.rope_theta[0]),
+                "initializer_range": shape.initializer_range,
                 "tie_word_embeddings": True,
                 **{"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2},
             }
@@ -42,7 +43,7 @@ def short_config(shape: Shape) -> Row:
             **{"length": shape.short_length, "mini_sequence": False, "checkpoints": "none", "loss": "cce"},
         },
         "parallel": {"num_gpus": 1},
-        "optimizer": {"lr": shape.short_lr, "weight_decay": 0.01},
+        "optimizer": {"lr": shape.short_lr, "weight_decay": 0.1},
         "schedule": {"warmup_steps": shape.short_warmup},
         "train": {
             "steps": shape.short_steps,

@@ -4,12 +4,12 @@ python benchmarks/fine_tuning_corpus.py --work DIR [--shape tiny]
 
 A document is a run of a package's files (source and documentation) in the order of their paths, each below
 a heading with its path. Copies of a file count once; whole packages are held out. The same text is cut into
-short documents for the first stage, of several lengths, and into long ones for the second; they fill
-sequences to the token.
+short documents for the first stage, of several kinds, and into long ones for the second; they fill sequences
+to the token. The short ones are written as tokens, which are read at once; the long ones as text.
 
-All of them have notes that are asked for later in the same document (`fine_tuning_notes.py`). What is held
-out has names of its own, and the text of the probes is that of the held-out documents with other notes. The
-tokenizer never joins two lines, so that a document's tokens are those of its lines, and distances are exact.
+All of them have notes that are asked for later in the same document (`fine_tuning_notes.py`). The text of the
+probes is that of the held-out documents with other notes. The tokenizer never joins two lines, so that a
+document's tokens are those of its lines, and distances are exact.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import math
 import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -25,9 +26,9 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fine_tuning_notes import NOTE, Document, Notes, documents, find_names, plant
-from fine_tuning_shapes import SHAPES, Shape
-from fine_tuning_text import SPECIALS, Lines, read_packages, save_tokenizer, split_lines, train_tokenizer
+from fine_tuning_notes import ASK, NOTE, Document, Notes, documents, plant
+from fine_tuning_shapes import CODE_WORDS, SHAPES, Shape
+from fine_tuning_text import BOS, Lines, read_packages, save_tokenizer, split_lines, train_tokenizer
 from tokenizers import Tokenizer
 
 PART_CHARACTERS = 3_000_000  # of a package that one process cuts at once
@@ -53,9 +54,10 @@ class Written(NamedTuple):
     distances: list[int]
 
     @classmethod
-    def of(cls, document: Document) -> Written:
-        distances = [ask.distance for ask in document.asks]
-        return cls(json.dumps({"text": document.text}) + "\n", document.tokens, distances)
+    def of(cls, document: Document, column: str = "text") -> Written:
+        distances = [distance for ask in document.asks for distance in ask.distances]
+        row = {column: document.text if column == "text" else document.ids}
+        return cls(json.dumps(row, separators=(",", ":")) + "\n", len(document.ids), distances)
 
 
 class Cut(NamedTuple):
@@ -81,7 +83,7 @@ def choose_heldout(
             continue
         lines = split_lines(tokenizer, texts[name])
         # A document takes no more of the text than its length.
-        if whole := sum(lines.tokens) // length:
+        if whole := sum(map(len, lines.ids)) // length:
             chosen[name] = lines
             have += whole
     if have < wanted:
@@ -110,21 +112,14 @@ def cut(part: Part) -> Cut:
     """Documents of both stages out of a part."""
     tokenizer, shape = Tokenizer.from_str(part.tokenizer_json), part.shape
     lines = split_lines(tokenizer, part.texts)
-    names, _ = find_names(tokenizer)
-    stages = (
-        (shape.short_lengths, shape.short_tokens_a_note),
-        ((shape.long_length,), shape.long_tokens_a_note),
-    )
     short, long = (
         [
-            Written.of(document)
-            for document in documents(
-                lines, lengths, tokens_a_note, Notes(tokenizer, names, f"{part.name} {lengths}")
-            )
+            Written.of(document, column)
+            for document in documents(lines, kinds, Notes(tokenizer, shape.words, f"{part.name} {column}"))
         ]
-        for lengths, tokens_a_note in stages
+        for kinds, column in ((shape.short_kinds, "input_ids"), ((shape.long_kind,), "text"))
     )
-    return Cut(sum(lines.tokens), short, long)
+    return Cut(sum(map(len, lines.ids)), short, long)
 
 
 def cut_all(parts: Sequence[Part]) -> Iterator[Cut]:
@@ -145,13 +140,18 @@ class Writer:
     def __init__(self, path: Path) -> None:
         self.path, self.draft = path, path.with_name(f".{path.name}.partial")
         self.tokens: list[int] = []
+        self.total = 0  # of the tokens
         self.distances: list[int] = []
         self._file = self.draft.open("w")
 
-    def add(self, some: Iterable[Written]) -> None:
+    def add(self, some: Iterable[Written], most_tokens: float = math.inf) -> None:
+        """More of them, until there are so many tokens in all."""
         for document in some:
+            if self.total >= most_tokens:
+                return
             self._file.write(document.line)
             self.tokens.append(document.tokens)
+            self.total += document.tokens
             self.distances += document.distances
 
     def end(self) -> Row:
@@ -160,7 +160,7 @@ class Writer:
         os.replace(self.draft, self.path)
         return {
             "documents": len(self.tokens),
-            "tokens": sum(self.tokens),
+            "tokens": self.total,
             "shortest_tokens": min(self.tokens),
             "longest_tokens": max(self.tokens),
             "notes": len(self.distances),
@@ -173,15 +173,17 @@ def by_content(some: Iterable[Written]) -> list[Written]:
     return sorted(some, key=lambda document: hashlib.sha256(document.line.encode()).digest())
 
 
-def write_training(parts: Sequence[Part], work: Path, most_long: int) -> Row:
-    """`short.jsonl` and `long.jsonl`."""
+def write_training(parts: Sequence[Part], work: Path, shape: Shape) -> Row:
+    """`short.jsonl` and `long.jsonl`: as much of either as is wanted, out of parts of all packages."""
     short, long = Writer(work / "short.jsonl"), Writer(work / "long.jsonl")
     longs, tokens = [], 0
-    for found in cut_all(parts):
-        short.add(found.short)
+    for found in cut_all(sorted(parts, key=lambda part: hashlib.sha256(part.name.encode()).digest())):
+        short.add(found.short, shape.short_tokens)
         longs += found.long
         tokens += found.tokens
-    long.add(by_content(longs)[:most_long])
+        if short.total >= shape.short_tokens and len(longs) >= shape.train_documents:
+            break
+    long.add(by_content(longs)[: shape.train_documents])
     return {"train_tokens": tokens, "short": short.end(), "long": long.end()}
 
 
@@ -191,13 +193,12 @@ def write_heldout(shape: Shape, work: Path, tokenizer: Tokenizer, heldout: dict[
     A row of the probes has the tokens `ids` of the document, `control` without its notes, and `asks`: for
     each the wished and the exact distance, and `from_end`, how many tokens from the end its code begins.
     """
-    _, names = find_names(tokenizer)
     whole, rows = [], []
     for name, lines in heldout.items():
-        notes = Notes(tokenizer, names, f"{name} held out")
-        whole += map(Written.of, documents(lines, (shape.long_length,), shape.long_tokens_a_note, notes))
-        notes, start = Notes(tokenizer, names, f"{name} probe"), 0
-        while len(rows) < shape.heldout_documents and sum(lines.tokens[start:]) > shape.long_length:
+        notes = Notes(tokenizer, shape.words, f"{name} held out")
+        whole += map(Written.of, documents(lines, (shape.long_kind,), notes))
+        notes, start = Notes(tokenizer, shape.words, f"{name} probe"), 0
+        while len(rows) < shape.heldout_documents and sum(map(len, lines.ids[start:])) > shape.long_length:
             used, row = probe(shape, tokenizer, lines, start, notes)
             rows.append(row)
             start += used
@@ -216,30 +217,27 @@ def probe(
     """A document of the probe out of the lines from `start` on: how many it took, and its row."""
     wished = [distance for distance in shape.distances for _ in range(shape.asks_a_distance)]
     notes.draw.shuffle(wished)
-    first = shape.long_length - 2 * notes.ask_tokens - len(wished) * TAIL_TOKENS_AN_ASK
+    first = shape.long_length - 2 * notes.size(ASK, CODE_WORDS) - len(wished) * TAIL_TOKENS_AN_ASK
     # The code stands further back in the line that asks than in the note.
-    shift = notes.ask_code - notes.note_code
+    shift = notes.code_at(ASK) - notes.code_at(NOTE)
     asked_at = [first + place * TAIL_TOKENS_AN_ASK for place in range(len(wished))]
     places = [(at - distance + shift, at) for at, distance in zip(asked_at, wished, strict=True)]
-    asks = notes.asks(len(wished))
+    asks = notes.asks(len(wished), CODE_WORDS)
     document = plant(lines, start, shape.long_length, asks, places, notes)
-    noted = {NOTE.format(name=ask.name, code=ask.code) for ask in asks}
+    noted = {notes.line(NOTE, ask)[0] for ask in asks}
     control = "".join(line for line in document.lines if line not in noted)
-    bos = tokenizer.token_to_id(SPECIALS[0])
-    ids, others = ([bos, *tokenizer.encode(text).ids] for text in (document.text, control))
-    found = []
-    for ask, distance in zip(asks, wished, strict=True):
-        for at in (ask.note_at, ask.ask_at):
-            assert tokenizer.decode(ids[at : at + len(ask.code)]) == ask.code
-        found.append(
-            {
-                "name": ask.name,
-                "code": ask.code,
-                "wished_tokens": distance,
-                "distance_tokens": ask.distance,
-                "from_end": len(ids) - ask.ask_at,
-            }
-        )
+    ids, others = ([BOS, *tokenizer.encode(text).ids] for text in (document.text, control))
+    assert ids == document.ids[:-1], "the tokens of a document are not those of its lines"
+    found = [
+        {
+            "name": ask.name,
+            "code": ask.code,
+            "wished_tokens": distance,
+            "distance_tokens": ask.distances[0],
+            "from_end": len(ids) - ask.asked_at[0],
+        }
+        for ask, distance in zip(asks, wished, strict=True)
+    ]
     return document.used, {"ids": ids, "control": others, "asks": found}
 
 
@@ -251,7 +249,8 @@ def build(shape: Shape, work: Path) -> Row:
     characters = sum(len(text) for some in texts.values() for text in some)
     say = lambda what: print(f"{what}: {time.perf_counter() - started:.0f} s", flush=True)  # noqa: E731
     say(f"{len(texts)} packages, {characters / 1e6:.0f} MB of text")
-    tokenizer = train_tokenizer([text for some in texts.values() for text in some], shape.vocab_size)
+    everything = [text for some in texts.values() for text in some]
+    tokenizer = train_tokenizer(everything, shape.vocab_size, shape.words)
     save_tokenizer(tokenizer, work / "tokenizer")
     say("tokenizer")
     heldout = choose_heldout(texts, tokenizer, shape.long_length, shape.heldout_documents)
@@ -263,14 +262,12 @@ def build(shape: Shape, work: Path) -> Row:
         if name not in heldout
         for part in parts_of(name, some, shape, tokenizer)
     ]
-    names, other_names = find_names(tokenizer)
     facts = {
         "packages": len(texts),
         "characters": characters,
         "vocab_size": tokenizer.get_vocab_size(),
-        "names": len(names),
-        "heldout_names": len(other_names),
-        **write_training(parts, work, shape.train_documents),
+        "made_up_words": shape.words,
+        **write_training(parts, work, shape),
         **facts,
         "seconds": time.perf_counter() - started,
     }

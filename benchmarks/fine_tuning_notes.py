@@ -1,41 +1,39 @@
 """Notes that are planted in the documents of `fine_tuning.py`, and asked for later in them.
 
-A note is the line `# note: code of NAME=49302817`; one line behind it, `# asked: code of NAME=49302817`, asks
-and answers it. Names are words of one token, codes are random digits: nothing but looking back tells a code.
+A note is the line `# note:<name><word><word>...`, and `# asked:<name><word><word>...` behind it asks and answers
+it. Names and words are made-up words of one token each, drawn anew for each document and different from each
+other within it: nothing but looking back tells a code, and the token before says where to look.
 """
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import math
 import random
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
-from fine_tuning_text import Lines
+from fine_tuning_shapes import Kind
+from fine_tuning_text import BOS, EOS, Lines, made_up_words
 from tokenizers import Tokenizer
 
-NOTE = "# note: code of{name}={code}\n"
-ASK = "# asked: code of{name}={code}\n"
-CODE_DIGITS = 8
-HELDOUT_NAMES = 4  # one word in so many
+NOTE = "# note:"
+ASK = "# asked:"
 
 
 @dataclass
 class Ask:
-    """A note of a document and where it is asked; positions are of the code's first digit, bos being 0."""
+    """A note of a document and where it is asked; positions are of the code's first word, bos being 0."""
 
     name: str
-    code: str
+    code: list[str]
     note_at: int = -1
-    ask_at: int = -1
+    asked_at: list[int] = field(default_factory=list)
 
     @property
-    def distance(self) -> int:
-        """Tokens from the code of the note to that of the answer."""
-        return self.ask_at - self.note_at
+    def distances(self) -> list[int]:
+        """Tokens from the code of the note to that of each answer."""
+        return [at - self.note_at for at in self.asked_at]
 
 
 @dataclass
@@ -43,7 +41,7 @@ class Document:
     """Text with what is planted in it; `used` lines of the package went into it."""
 
     lines: list[str]
-    tokens: int  # with bos and eos
+    ids: list[int]  # with bos and eos
     asks: list[Ask] = field(default_factory=list)
     used: int = 0
 
@@ -53,46 +51,43 @@ class Document:
 
 
 class Notes:
-    """Draws notes, and says how long their lines are."""
+    """Draws notes, and writes their lines."""
 
-    def __init__(self, tokenizer: Tokenizer, names: Sequence[str], seed: str) -> None:
-        self.names, self.draw = names, random.Random(seed)
-        self.note_tokens, self.note_code = self._size(tokenizer, NOTE, names[0])
-        self.ask_tokens, self.ask_code = self._size(tokenizer, ASK, names[0])
+    def __init__(self, tokenizer: Tokenizer, words: int, seed: str) -> None:
+        self.draw = random.Random(seed)
+        self.ids = {word: tokenizer.token_to_id(word) for word in made_up_words(words)}
+        self.words = list(self.ids)
+        self.heads = {head: tokenizer.encode(head).ids for head in (NOTE, ASK)}
+        (self.newline,) = tokenizer.encode("\n").ids
 
-    @staticmethod
-    def _size(tokenizer: Tokenizer, kind: str, name: str) -> tuple[int, int]:
-        tokens = tokenizer.encode(kind.format(name=name, code="0" * CODE_DIGITS)).tokens
-        return len(tokens), tokens.index("0")
+    def asks(self, notes: int, words: int) -> list[Ask]:
+        """So many notes, no word of which is in another."""
+        drawn = self.draw.sample(self.words, notes * (words + 1))
+        return [Ask(name, [drawn.pop() for _ in range(words)]) for name in drawn[:notes]]
 
-    def asks(self, count: int) -> list[Ask]:
-        """So many notes with different names."""
-        names = self.draw.sample(self.names, count)
-        return [Ask(name, f"{self.draw.randrange(10**CODE_DIGITS):0{CODE_DIGITS}}") for name in names]
+    def line(self, head: str, ask: Ask) -> tuple[str, list[int]]:
+        """A note's line or that of its question: text and tokens."""
+        ids = [*self.heads[head], self.ids[ask.name], *map(self.ids.__getitem__, ask.code), self.newline]
+        return f"{head}{ask.name}{''.join(ask.code)}\n", ids
 
-    def places(self, count: int, tokens: int) -> list[tuple[int, int]]:
-        """Where notes and their questions are wished: distances of every size, none more than another."""
+    def size(self, head: str, words: int) -> int:
+        """Tokens of a line."""
+        return self.code_at(head) + words + 1
+
+    def code_at(self, head: str) -> int:
+        """Tokens of a line before the code."""
+        return len(self.heads[head]) + 1
+
+    def places(self, kind: Kind) -> list[list[int]]:
+        """Where each note and its questions are wished: distances of every size, none more than another."""
+        note, ask = self.size(NOTE, kind.words), self.size(ASK, kind.words)
+        nearest, farthest = math.log(note), math.log(kind.tokens - note - kind.asks * ask)
         found = []
-        for _ in range(count):
-            nearest = self.note_tokens + self.ask_tokens
-            distance = round(math.exp(self.draw.uniform(math.log(nearest), math.log(tokens - nearest))))
-            note_at = self.draw.randrange(max(1, tokens - distance - self.ask_tokens))
-            found.append((note_at, note_at + distance))
+        for _ in range(kind.notes):
+            distances = sorted(math.exp(self.draw.uniform(nearest, farthest)) for _ in range(kind.asks))
+            note_at = self.draw.uniform(0, max(1, kind.tokens - distances[-1] - ask))
+            found.append([round(note_at + distance) for distance in (0, *distances)])
         return found
-
-
-def find_names(tokenizer: Tokenizer) -> tuple[list[str], list[str]]:
-    """Words of one token, with the space before them: names to train on, and others to be tested on."""
-    words = sorted(
-        token.replace("Ġ", " ") for token in tokenizer.get_vocab() if re.fullmatch("Ġ[a-z]{4,10}", token)
-    )
-    # A token of the vocabulary that its own spelling is not cut into would be two.
-    words = [word for word in words if len(tokenizer.encode(word).ids) == 1]
-    heldout = [hashlib.sha256(word.encode()).digest()[0] % HELDOUT_NAMES == 0 for word in words]
-    return (
-        [word for word, out in zip(words, heldout, strict=True) if not out],
-        [word for word, out in zip(words, heldout, strict=True) if out],
-    )
 
 
 def plant(
@@ -100,7 +95,7 @@ def plant(
     start: int,
     tokens: int,
     asks: Sequence[Ask],
-    places: Sequence[tuple[int, int]],
+    places: Sequence[Sequence[int]],
     notes: Notes,
 ) -> Document:
     """A document of `tokens`, out of the lines from `start` on, with notes near the wished places.
@@ -109,49 +104,51 @@ def plant(
     empty lines, of a token each, where the next line has no room; where there is none it is shorter.
     """
     events: list[tuple[int, int, Ask]] = []  # place, 0 for a note and 1 for its question
-    for ask, (note_at, ask_at) in zip(asks, places, strict=True):
-        events += [(note_at, 0, ask), (ask_at, 1, ask)]
+    for ask, (note_at, *asked_at) in zip(asks, places, strict=True):
+        events += [(note_at, 0, ask), *((at, 1, ask) for at in asked_at)]
     events.sort(key=lambda event: event[:2], reverse=True)
-    sizes = (notes.note_tokens, notes.ask_tokens)
-    owed = sum(sizes[kind] for _, kind, _ in events)
-    found = Document([], 1, list(asks))
+    heads = (NOTE, ASK)
+    owed = sum(notes.size(heads[kind], len(ask.code)) for _, kind, ask in events)
+    found = Document([], [BOS], list(asks))
     end = tokens - 1  # eos
     line = start
     while True:
-        is_last = line == len(lines.tokens) or found.tokens + lines.tokens[line] + owed > end
-        while events and (is_last or events[-1][0] < found.tokens + lines.tokens[line]):
+        is_last = line == len(lines.ids) or len(found.ids) + len(lines.ids[line]) + owed > end
+        while events and (is_last or events[-1][0] < len(found.ids) + len(lines.ids[line])):
             _, kind, ask = events.pop()
-            found.lines.append((ASK if kind else NOTE).format(name=ask.name, code=ask.code))
+            code_at = len(found.ids) + notes.code_at(heads[kind])
             if kind:
-                ask.ask_at = found.tokens + notes.ask_code
+                ask.asked_at.append(code_at)
             else:
-                ask.note_at = found.tokens + notes.note_code
-            found.tokens += sizes[kind]
-            owed -= sizes[kind]
+                ask.note_at = code_at
+            text, ids = notes.line(heads[kind], ask)
+            found.lines.append(text)
+            found.ids += ids
+            owed -= len(ids)
         if is_last:
             break
         found.lines.append(lines.texts[line])
-        found.tokens += lines.tokens[line]
+        found.ids += lines.ids[line]
         line += 1
-    if line < len(lines.tokens):
-        found.lines.append("\n" * (end - found.tokens))
-        found.tokens = end
-    found.tokens += 1
+    if line < len(lines.ids):
+        found.lines.append("\n" * (end - len(found.ids)))
+        found.ids += [notes.newline] * (end - len(found.ids))
+    found.ids.append(EOS)
     found.used = line - start
     return found
 
 
-def documents(lines: Lines, lengths: Sequence[int], tokens_a_note: int, notes: Notes) -> Iterator[Document]:
-    """The whole package in documents of these lengths in turn; what is too short for one is left out."""
-    line, left = 0, sum(lines.tokens)
-    for length in itertools.cycle(lengths):
-        if left < length:
+def documents(lines: Lines, kinds: Sequence[Kind], notes: Notes) -> Iterator[Document]:
+    """The whole package in documents of these kinds in turn; what is too short for one is left out."""
+    line, left = 0, sum(map(len, lines.ids))
+    for kind in itertools.cycle(kind for kind in kinds for _ in range(kind.documents)):
+        if left < kind.tokens:
             return
-        count = length // tokens_a_note
-        document = plant(lines, line, length, notes.asks(count), notes.places(count, length), notes)
+        asks = notes.asks(kind.notes, kind.words)
+        document = plant(lines, line, kind.tokens, asks, notes.places(kind), notes)
         # A line that has no room even in an empty document is left out.
         taken = document.used or 1
-        left -= sum(lines.tokens[line : line + taken])
+        left -= sum(map(len, lines.ids[line : line + taken]))
         line += taken
         if document.used:
             yield document

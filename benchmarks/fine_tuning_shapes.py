@@ -3,6 +3,28 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
+
+
+CODE_WORDS = 4  # of the codes that are probed
+
+
+class Kind(NamedTuple):
+    """Documents that are alike.
+
+    Attributes:
+        documents: So many of them in turn, before those of the next kind.
+        tokens: Of each, bos and eos included.
+        notes: Of each.
+        words: Of a note's code.
+        asks: How often each note is asked.
+    """
+
+    documents: int
+    tokens: int
+    notes: int
+    words: int
+    asks: int
 
 
 @dataclass(frozen=True)
@@ -10,10 +32,11 @@ class Shape:
     """Lengths and distances are in tokens.
 
     Attributes:
+        vocab_size: Of the tokenizer; `words` of these tokens are words of the notes alone.
         max_text_mb: Of the installed packages' text, in the order of their names.
-        short_lengths: Of the first stage's documents, in turn. The shortest have one note: copying is learned
-            on them first.
-        tokens_a_note: A document has a note for so many tokens, in each stage.
+        short_kinds: The first stage's documents. Copying is learned on the smallest, which are little else
+            than one long note again and again, and from there on the others.
+        short_tokens: Of the first stage's documents, about; more steps than these fill see them again.
         train_documents: Long ones, at most.
         heldout_documents: Of which the loss is told; each is a text of the probe, too.
         distances: From a note's code to where it is asked.
@@ -30,15 +53,17 @@ class Shape:
     heads: int
     head_dim: int
     intermediate_size: int
+    initializer_range: float
+    words: int
     short_length: int
-    short_lengths: tuple[int, ...]
-    short_tokens_a_note: int
+    short_kinds: tuple[Kind, ...]
+    short_tokens: int
     short_batch: int
     short_steps: int
     short_lr: float
     short_warmup: int
     long_length: int
-    long_tokens_a_note: int
+    long_notes: int
     long_steps: int
     long_lr: float
     long_warmup: int
@@ -53,34 +78,46 @@ class Shape:
     kill_after: int
     precision: str
 
+    @property
+    def long_kind(self) -> Kind:
+        """The second stage's documents: a note is asked once, and its code is of the probes' length."""
+        return Kind(1, self.long_length, self.long_notes, CODE_WORDS, 1)
+
 
 SHAPES = {
     "full": Shape(
         vocab_size=16384,
-        max_text_mb=400,
+        max_text_mb=160,
         hidden_size=768,
-        layers=6,
+        layers=4,
         heads=6,
         head_dim=128,
         intermediate_size=2048,
+        initializer_range=0.02,
+        words=2048,
         short_length=4096,
-        short_lengths=(4096, *(128,) * 8, *(256,) * 4, 512, 512, 1024, 2048),
-        short_tokens_a_note=96,
+        # One long note four times over; a few codes, asked twice; codes at all distances.
+        short_kinds=(
+            Kind(8, 256, notes=1, words=40, asks=3),
+            Kind(8, 256, notes=4, words=CODE_WORDS, asks=2),
+            Kind(1, 4096, notes=48, words=CODE_WORDS, asks=1),
+        ),
+        short_tokens=50_000_000,
         short_batch=8,
         short_steps=3000,
-        short_lr=1e-3,
+        short_lr=2e-3,
         short_warmup=100,
         long_length=131072,
-        long_tokens_a_note=512,
+        long_notes=256,
         long_steps=50,
         long_lr=4e-4,
         long_warmup=4,
-        train_documents=120,
+        train_documents=60,
         heldout_documents=16,
         distances=(1024, 3840, 16384, 65536, 122880),
         asks_a_distance=4,
         buckets=(4096, 16384, 65536, 131072),
-        rope_theta=(5e5, 1.6e7),
+        rope_theta=(1e4, 1e6),
         eval_every=25,
         checkpoint_every=10,
         kill_after=3,
@@ -94,15 +131,20 @@ SHAPES = {
         heads=2,
         head_dim=32,
         intermediate_size=128,
+        initializer_range=0.08,
+        words=128,
         short_length=256,
-        short_lengths=(256, 128),
-        short_tokens_a_note=64,
+        short_kinds=(
+            Kind(2, 128, notes=1, words=16, asks=2),
+            Kind(1, 256, notes=4, words=CODE_WORDS, asks=1),
+        ),
+        short_tokens=40_000,
         short_batch=2,
         short_steps=8,
         short_lr=1e-3,
         short_warmup=2,
         long_length=1024,
-        long_tokens_a_note=256,
+        long_notes=4,
         long_steps=8,
         long_lr=4e-4,
         long_warmup=2,

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
 import os
+import random
 import re
 import site
 import sysconfig
@@ -14,7 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 SUFFIXES = (".py", ".pyi", ".rst", ".md", ".txt")
 MIN_FILE_CHARACTERS = 300
@@ -22,15 +24,26 @@ MAX_FILE_BYTES = 400_000  # larger ones are tables
 MAX_LINE_CHARACTERS = 600
 MAX_DIGITS = 0.1  # share of a file's characters; tables have more
 NO_FOLDER = re.compile(r"__pycache__|lib2to3|idlelib|\.dist-info|\.egg-info|licen[cs]e", re.I)
-SAMPLE_BYTES = 24_000_000  # that the tokenizer is trained on
+SAMPLE_BYTES = 12_000_000  # that the tokenizer is trained on
 SPECIALS = ("<|bos|>", "<|eos|>", "<|pad|>")
+BOS, EOS = 0, 1  # the tokenizer's first tokens are the special ones
 
 
 class Lines(NamedTuple):
     """A package's text: its lines, each with its newline, and the tokens of each."""
 
     texts: list[str]
-    tokens: list[int]
+    ids: list[list[int]]
+
+
+def made_up_words(count: int) -> list[str]:
+    """Words that no text has, such as `<bumezo>`; the same ones each time."""
+    draw = random.Random(count)
+    found: dict[str, None] = {}
+    while len(found) < count:
+        syllables = (draw.choice("bdfgklmnprstvwz") + draw.choice("aeiou") for _ in range(3))
+        found[f"<{''.join(syllables)}>"] = None
+    return list(found)
 
 
 def packages() -> dict[str, list[Path]]:
@@ -90,8 +103,11 @@ def read_packages(max_mb: float) -> dict[str, list[str]]:
     return found
 
 
-def train_tokenizer(texts: Sequence[str], vocab_size: int) -> Tokenizer:
-    """A byte-level BPE of a sample of the texts, whose tokens never span two lines or two digits."""
+def train_tokenizer(texts: Sequence[str], vocab_size: int, words: int) -> Tokenizer:
+    """A byte-level BPE of a sample of the texts, whose tokens never span two lines or two digits.
+
+    Of its `vocab_size` tokens, `words` are made-up words.
+    """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -102,13 +118,15 @@ def train_tokenizer(texts: Sequence[str], vocab_size: int) -> Tokenizer:
     )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
+        vocab_size=vocab_size - words,
         special_tokens=list(SPECIALS),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
     step = max(1, math.ceil(sum(map(len, texts)) / SAMPLE_BYTES))
     tokenizer.train_from_iterator(texts[::step], trainer)
+    tokenizer.add_tokens([AddedToken(word, normalized=False) for word in made_up_words(words)])
+    assert [tokenizer.token_to_id(special) for special in SPECIALS[:2]] == [BOS, EOS]
     return tokenizer
 
 
@@ -127,17 +145,19 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
 
 
 def split_lines(tokenizer: Tokenizer, texts: Sequence[str]) -> Lines:
-    """The lines of a package and how many tokens each has."""
+    """The lines of a package and the tokens of each."""
     vocabulary = tokenizer.get_vocab()
     newline = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False).pre_tokenize_str("\n")[0][0]
     ends = np.zeros(len(vocabulary), bool)
     ends[[token_id for token, token_id in vocabulary.items() if newline in token]] = True
-    lines, tokens = [], []
+    lines: list[str] = []
+    line_ids: list[list[int]] = []
     for start in range(0, len(texts), 256):
         part = texts[start : start + 256]
         for text, encoding in zip(part, tokenizer.encode_batch_fast(part), strict=True):
-            places = np.flatnonzero(ends[np.array(encoding.ids)])
+            ids = encoding.ids
+            places = (np.flatnonzero(ends[np.array(ids)]) + 1).tolist()
             lines += text.splitlines(True) if text.isascii() else re.findall("[^\n]*\n", text)
-            tokens += np.diff(places, prepend=-1).tolist()
-            assert len(lines) == len(tokens), "a line is not what ends with a newline"
-    return Lines(lines, tokens)
+            line_ids += [ids[begin:end] for begin, end in itertools.pairwise([0, *places])]
+            assert len(lines) == len(line_ids), "a line is not what ends with a newline"
+    return Lines(lines, line_ids)

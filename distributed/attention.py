@@ -20,6 +20,7 @@ from .flash_attention_2 import FLASH_2
 from .flash_attention_3 import FLASH_3
 from .flash_attention_4 import FLASH_4
 from .per_head import PerHead, add_sinks, sink_gradient
+from .short_offsets import with_short_offsets
 
 # The fastest first. Hopper: flash-attn-4 is ahead of cuDNN; flash-attn-3 is by its paper (arXiv 2407.08608)
 # as fast as cuDNN on long sequences, and also does packed documents, windows, a softcap and wide heads, which
@@ -27,13 +28,16 @@ from .per_head import PerHead, add_sinks, sink_gradient
 # Ampere and Ada: "flash" and "fa2" are the same code. PyTorch's own goes first, for it always fits this
 # PyTorch; the package does what only it can: a softcap and ALiBi. Packed documents never reach cuDNN.
 KERNELS: dict[str, Kernel] = {
-    "fa4": FLASH_4,
-    "fa3": FLASH_3,
-    "cudnn": CUDNN,
-    "flash": FLASH,
-    "fa2": FLASH_2,
-    "cpu": CPU,
-    "blockwise": BLOCKWISE,
+    name: with_short_offsets(kernel) if kernel.counts_in_32_bits else kernel
+    for name, kernel in {
+        "fa4": FLASH_4,
+        "fa3": FLASH_3,
+        "cudnn": CUDNN,
+        "flash": FLASH,
+        "fa2": FLASH_2,
+        "cpu": CPU,
+        "blockwise": BLOCKWISE,
+    }.items()
 }
 """In the order in which "auto" asks them."""
 

@@ -103,6 +103,8 @@ class Kernel(NamedTuple):
     backward: Callable[..., tuple[Tensor, Tensor, Tensor]]
     no_alibi: str | None = "it has no ALiBi slopes"
     """Why it cannot take ALiBi slopes; None where `forward` and `backward` take them `(N,)` as a last one."""
+    counts_in_32_bits: bool = False
+    """Whether it loses elements that are 2^31 behind a tensor's first: see short_offsets.py."""
 
 
 def installed_version(package: str) -> str | None:
@@ -187,7 +189,7 @@ def _cudnn_backward(
     )
 
 
-CUDNN = Kernel(_cudnn_refusal, _cudnn_forward, _cudnn_backward)
+CUDNN = Kernel(_cudnn_refusal, _cudnn_forward, _cudnn_backward, counts_in_32_bits=True)
 
 
 def _flash_refusal(query: Tensor, key: Tensor, options: AttentionOptions, documents: Documents) -> str | None:

@@ -89,6 +89,11 @@ def _is_crooked(tensor: Tensor) -> bool:
     return tensor.stride(-1) != 1 or any(place * tensor.itemsize % WIDE.itemsize for place in places)
 
 
+def _side_by_side(blocks: list[Tensor]) -> Tensor:
+    """Blocks `(P, S, B, n, H)` of several tensors, flat; one that lies as it is sent is not copied."""
+    return (blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=3)).flatten()
+
+
 class Exchange:
     """The two ways of the exchange for one plan of heads, on one rank.
 
@@ -159,7 +164,7 @@ class Exchange:
         if self._plan.is_even:
             # (B, N, S, H) -> (P, S, B, N/P, H): block p holds the heads of rank p
             blocks = [tensor.unflatten(1, (ranks, -1)).permute(1, 3, 0, 2, 4) for tensor in tensors]
-            sent = torch.cat(blocks, dim=3).flatten()
+            sent = _side_by_side(blocks)
         else:
             parts = [
                 tensor.permute(2, 0, 1, 3).split(one.counts, dim=2)
@@ -189,7 +194,7 @@ class Exchange:
         length = whole_length // ranks
         # (B, n, P S, H) -> (P, S, B, n, H): each rank's tokens go home, with the heads of this rank
         blocks = [tensor.unflatten(2, (ranks, -1)).permute(2, 3, 0, 1, 4) for tensor in tensors]
-        sent = torch.cat(blocks, dim=3).flatten()
+        sent = _side_by_side(blocks)
         sizes = self._sizes_of_ranks(shares, (rows, length, width))
         counts = [tensor.shape[1] for tensor in tensors]
 

@@ -92,4 +92,4 @@ def _backward(
     return by_head(grads[0]), by_head(grads[1]), by_head(grads[2])
 
 
-FLASH_4 = Kernel(_refusal, _forward, _backward)
+FLASH_4 = Kernel(_refusal, _forward, _backward, counts_in_32_bits=True)

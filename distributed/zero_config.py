@@ -12,7 +12,8 @@ from torch import nn
 from ..apollo.selection import whole_shape
 
 PERSISTENT_NUMEL = 100_000
-"""Weights up to this size (norms, biases) stay whole on every rank: DeepSpeed's own default."""
+"""Weights up to this size (norms, biases) are small. They stay whole on every rank, as by DeepSpeed's default,
+where most of them would each be gathered by itself."""
 
 
 class GatheredSizes(NamedTuple):
@@ -21,10 +22,12 @@ class GatheredSizes(NamedTuple):
     Attributes:
         layer: Of the largest module that is gathered whole, or of the largest of all where none is.
         sharded: Those of them that are not whole already.
+        whole: Weights up to so many elements stay whole.
     """
 
     layer: int
     sharded: int
+    whole: int
 
 
 SIZES = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
@@ -82,10 +85,13 @@ class ZeroOptions:
 def gathered_sizes(module: nn.Module) -> GatheredSizes:
     """How many elements ZeRO-3 gathers at once: a marked module with all below it, another with its own."""
     units = list(_gathered_together(module))
-    marked = [numels for numels, is_marked in units if is_marked] or [numels for numels, _ in units]
+    gathered = [numels for numels, is_marked in units if is_marked] or [numels for numels, _ in units]
+    small = [is_marked for numels, is_marked in units for n in numels if n <= PERSISTENT_NUMEL]
+    whole = 0 if 2 * sum(small) > len(small) else PERSISTENT_NUMEL
     return GatheredSizes(
-        max(map(sum, marked), default=0),
-        max((sum(n for n in numels if n > PERSISTENT_NUMEL) for numels in marked), default=0),
+        max(map(sum, gathered), default=0),
+        max((sum(n for n in numels if n > whole) for numels in gathered), default=0),
+        whole,
     )
 
 
@@ -114,6 +120,8 @@ def _communication(stage: int, sizes: GatheredSizes) -> dict[str, Any]:
     - Weights that are needed again within `max_reuse_distance` are not released. By default (1 G) the last
       four layers would wait whole for their backward, through the loss, where memory is short. With 1 it is
       only what the very next module needs: the LM head, whose backward follows its forward.
+    - Small weights that stay whole are let go before every update and gathered behind it, each by a collective
+      of its own. In marked modules they come with the others for nothing, so there they do not stay.
     - The gradients of a marked module are reduced together after its backward, beside the next one's. They
       fill a bucket of a layer at once: smaller ones make the host wait for the GPU, since no more than three
       may be on their way.
@@ -132,7 +140,7 @@ def _communication(stage: int, sizes: GatheredSizes) -> dict[str, Any]:
         "stage3_prefetch_bucket_size": sizes.sharded,
         "stage3_max_live_parameters": 2 * sizes.sharded,
         "stage3_max_reuse_distance": 1,
-        "stage3_param_persistence_threshold": PERSISTENT_NUMEL,
+        "stage3_param_persistence_threshold": sizes.whole,
     }
 
 

@@ -56,9 +56,10 @@ def apply_mini_sequence(
         head_groups: Groups of key/value heads that attention runs in, one after the other; "auto" takes two,
             which cost next to no time, or one where there is room. A number must divide the key/value heads.
         checkpoints: Where layer inputs wait for backward: "gpu", "host" (pinned memory, copied beside the
-            computing), a `Placement` (the last m on the GPU, only every k-th kept), or "auto", which decides
-            by the memory there is. "none" streams no layer: MLPs run by tiles, and what else is kept is left
-            to the model's own setting.
+            computing), a `Placement` (the last m on the GPU; every k-th kept, or those of `kept`, and the
+            others rebuilt), or "auto", which decides by the memory there is. `spread_inputs` of placement.py
+            makes the one that rebuilds least in so much room. "none" streams no layer: MLPs run by tiles,
+            and what else is kept is left to the model's own setting.
         save_attention: Keep attention's output and log-sum-exp too, which spares its second forward for 8 KiB
             a token and layer of a Llama-3-8B: of every layer "gpu" or "host", of the last so many layers on
             the GPU (a number), or True, as much as there is room for. "all" keeps queries, keys, values

@@ -173,9 +173,9 @@ class PinnedMemory:
         return (
             f"Checkpoints ask for {gib(asked)} of {'pinned ' if self.pins else ''}host memory; "
             f"{gib(len(self.blocks) * self.block_bytes)} is there already, {gib(missing)} more is needed and "
-            f"{gib(free)} is available: {why}. Use fewer tokens a GPU, keep only each k-th layer's "
-            "checkpoint (Placement(every=k)) or more of them on the GPU (gpu_layers), or give the job more "
-            "host memory."
+            f"{gib(free)} is available: {why}. Use fewer tokens a GPU, keep fewer layers' inputs "
+            "(checkpoints=spread_inputs(num_layers, on_gpu, on_host), which rebuilds the others) or more of "
+            "them on the GPU (on_gpu), or give the job more host memory."
         )
 
 

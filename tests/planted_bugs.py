@@ -20,6 +20,7 @@ from longseq.distributed import exchange, probe, ulysses
 from longseq.launch import evaluation, model
 from longseq.mst import apply, layer_parts, mlp_half, model_forward, weight_sums
 from longseq.mst import lm_head as head
+from longseq.mst.rebuilt_inputs import RebuiltInputs
 
 Plant = Callable[[pytest.MonkeyPatch], None]
 
@@ -210,6 +211,11 @@ def plant_narrow_sums(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(weight_sums.WeightSums, "buffer", buffer)
     patch.setattr(weight_sums, "add_product", add_product)
     patch.setattr(weight_sums, "wide_product", product)
+
+
+def plant_rebuilt_input_of_another_layer(patch: pytest.MonkeyPatch) -> None:
+    """Of a segment's rebuilt inputs, the highest layer takes the lowest one."""
+    patch.setattr(RebuiltInputs, "take", lambda self, _: self._waiting.pop(min(self._waiting)))
 
 
 def plant_lost_window(patch: pytest.MonkeyPatch) -> None:

@@ -29,7 +29,6 @@ DECODER_NAMES = (
     "decoder_model",
     "decoder_anchors",
     "decoder_variants",
-    "decoder_probe",
     "decoder_plot",
     "decoder",
 )
@@ -412,77 +411,6 @@ def test_variants_are_chosen_by_name_or_beginning(decoder) -> None:
     assert len(variants.choose(None)) == len({variant.key for variant in variants.VARIANTS})
     label = variants.our_variant("longseq-host-auto-save-gpu-fa4").label
     assert label == ("longseq, checkpoints=host, head_groups=auto, save_attention=gpu, attention_kernel=fa4")
-
-
-def probed(decoder: dict[str, ModuleType], num_real: int, groups: int) -> tuple[float, torch.nn.Module]:
-    """Loss and model after one step with the stub in all but `num_real` of two layers."""
-    from longseq.mst import apply_mini_sequence
-
-    model = decoder["decoder_model"].build("tiny", 2, "cpu").float()
-    if num_real < 2:
-        decoder["decoder_probe"].stub_attention(model, num_real, "cudnn")
-    apply_mini_sequence(model, checkpoints="host", head_groups=groups)
-    ids = decoder["decoder_model"].draw_tokens(model, 75)
-    loss = model(input_ids=ids, labels=ids).loss
-    loss.backward()
-    return loss.item(), model
-
-
-@pytest.mark.parametrize("groups", [1, 4])
-def test_a_stubbed_layer_is_one_whose_attention_gives_zeros(decoder, groups: int) -> None:
-    """Which is what a real one does that has no output projection."""
-    loss, model = probed(decoder, 1, groups)
-    plain = decoder["decoder_model"].build("tiny", 2, "cpu").float()
-    with torch.no_grad():
-        plain.model.layers[0].self_attn.o_proj.weight.zero_()
-    ids = decoder["decoder_model"].draw_tokens(plain, 75)
-    wanted = plain(input_ids=ids, labels=ids).loss
-    wanted.backward()
-    assert loss == pytest.approx(wanted.item(), rel=1e-6)
-    for (name, param), other in zip(plain.named_parameters(), model.named_parameters(), strict=True):
-        if name.startswith("model.layers.0.self_attn"):
-            assert not other[1].grad.any(), name
-        else:
-            torch.testing.assert_close(other[1].grad, param.grad, rtol=1e-4, atol=1e-6)
-
-
-@pytest.mark.parametrize(("kernel", "measured_mib"), [("cudnn", 5648), ("fa4", 4640)])
-def test_the_stub_takes_what_was_measured_of_the_kernel(decoder, kernel: str, measured_mib: int) -> None:
-    query = torch.empty(1, 131072, 32, 128, dtype=torch.bfloat16, device="meta").transpose(1, 2)
-    key = torch.empty(1, 131072, 8, 128, dtype=torch.bfloat16, device="meta").transpose(1, 2)
-    from longseq.launch.bench.stub_attention import workspace
-
-    stub = decoder["decoder_probe"].StubAttention(kernel)
-    [(out, lse)] = stub.forward_groups([(query, key, key)], None)
-    [grads] = stub.backward_groups([(out, query, key, key, out, lse)], None)
-    assert [grad.shape for grad in grads] == [query.shape, key.shape, key.shape]
-    assert [grad.stride() for grad in (out, *grads)] == [t.stride() for t in (query, query, key, key)]
-    held = sum(count * dtype.itemsize for count, dtype in workspace(kernel, query, key, out))
-    assert (held + sum(grad.nbytes for grad in grads)) / 2**20 == measured_mib
-
-
-def test_a_probe_steps_in_backward_and_keeps_its_rows(decoder, tmp_path: Path, monkeypatch) -> None:
-    built: list[Any] = []
-    build = decoder["decoder_probe"].build
-    monkeypatch.setattr(decoder["decoder_probe"], "build", lambda *a: built.append(build(*a)) or built[-1])
-    run_decoder(
-        decoder, "--layers", "4", "--probe", "96", "64", "--every", "2", "--step-in-backward", out=tmp_path
-    )
-    assert all(param.grad is None for param in built[-1].parameters())
-    plain = build("tiny", 4, "cpu")
-    assert not torch.equal(plain.lm_head.weight, built[-1].lm_head.weight) or torch.equal(
-        plain.lm_head.weight + 1e-6, plain.lm_head.weight
-    )
-    run_decoder(decoder, "--layers", "4", "--probe", "64", "--checkpoints", "gpu", "--add", out=tmp_path)
-    assert all(param.grad is not None for param in built[-1].parameters())
-    rows = json.loads((tmp_path / "decoder_probe.json").read_text())["rows"]
-    found = [(row["tokens"], row["real"], row["checkpoints"], row["gradients"]) for row in rows]
-    assert found == [
-        (64, 1, "2 host, 2 rebuild", "one at a time"),
-        (96, 1, "2 host, 2 rebuild", "one at a time"),
-        (64, 1, "4 gpu", "held"),
-    ]
-    assert "Memory-verified, not trained" in (tmp_path / "decoder_probe.md").read_text()
 
 
 def test_the_picture_has_a_line_a_variant(decoder, tmp_path: Path) -> None:

@@ -130,6 +130,8 @@ class Report:
             if tflops is not None:
                 table.add_row("model TFLOP/s a GPU", f"{tflops:,.1f}", "", "")
             table.add_row("loss", f"{row['losses'][-1]:.4f}", "", "")
+            if row["norms"][-1] is not None:
+                table.add_row("gradient norm", f"{row['norms'][-1]:.4g}", "", "")
         add("peak GiB, allocated", found.get("peak_gib"), said.get("peak_gib"))
         add("reserved GiB", found.get("reserved_gib"), None)
         add("GiB of the device, with context", found.get("device_used_gib"), said.get("reserved_gib"))

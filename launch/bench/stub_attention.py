@@ -8,6 +8,7 @@ would have it see. The loss is of no use: a length that is found so is "memory-v
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from types import FunctionType, MethodType
 from typing import Any
 
@@ -16,10 +17,11 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from ...distributed import ulysses
-from ...distributed.attention import choose_kernel
-from ...distributed.attention_kernels import AttentionOptions, Documents
+from ...distributed.attention import KERNELS, choose_kernel
+from ...distributed.attention_kernels import AttentionOptions, Documents, Kernel
 from ...distributed.groups import ProcessGroups
 from ...distributed.per_head import PerHead
+from ...distributed.short_offsets import with_short_offsets
 from ...distributed.ulysses import HeadsGrad, HeadsOut, UlyssesAttention
 
 
@@ -91,12 +93,11 @@ class StubAttention(UlyssesAttention):
     ) -> HeadsGrad:
         """Gradients of zero, made beside a workspace that is gone with the call."""
         self.num_calls += 1
-        kernel = self._kernel_of(query, key, options, documents, per_head)
-        sizes = workspace(kernel, query, key, out)
-        held = [torch.empty(count, dtype=dtype, device=query.device) for count, dtype in sizes]
-        grads = torch.zeros_like(query), torch.zeros_like(key), torch.zeros_like(value)
-        del held
-        return grads
+        name = self._kernel_of(query, key, options, documents, per_head)
+        kernel = Kernel(_never, _no_forward, partial(_zero_gradients, name))
+        if KERNELS[name].counts_in_32_bits:
+            kernel = with_short_offsets(kernel)  # which copies what reaches too far
+        return kernel.backward(grad_out, query, key, value, out, lse, options, documents)
 
     def _kernel_of(self, query: Tensor, key: Tensor, options: Any, documents: Any, per_head: Any) -> str:
         if self._kernel is not None:
@@ -118,6 +119,25 @@ class StubAttention(UlyssesAttention):
         return _Zeros.apply(
             query, key, value, sinks, self, (AttentionOptions(**rules), document_offsets, per_head)
         )
+
+
+def _never(*problem: Any) -> None:
+    """No refusal: the kernel in whose place this is was asked."""
+
+
+def _no_forward(*problem: Any) -> HeadsOut:
+    raise AssertionError("only the backward of a stub takes a kernel's memory")
+
+
+def _zero_gradients(
+    name: str, grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, *rest: Any
+) -> HeadsGrad:
+    """Gradients of zero, made beside the workspace of the kernel of that name."""
+    sizes = workspace(name, query, key, out)
+    held = [torch.empty(count, dtype=dtype, device=query.device) for count, dtype in sizes]
+    grads = torch.zeros_like(query), torch.zeros_like(key), torch.zeros_like(value)
+    del held
+    return grads
 
 
 class _Zeros(torch.autograd.Function):

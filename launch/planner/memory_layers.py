@@ -10,9 +10,11 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from ...distributed.attention import KERNELS
+from ...distributed.short_offsets import MOST_OFFSET
 from ...mst.projections import MOST_GROUPS_AT_ONCE
 from .knobs import Knobs
-from .memory_sizes import Sizes, attending, exchanges_in_turn, kernel_workspace
+from .memory_sizes import Sizes, attending, exchanges_in_turn, group_plan, kernel_workspace
 from .workload import Workload
 
 Keeps = Literal["nothing", "fetched", "output", "all"]
@@ -152,7 +154,35 @@ class LayerMemory:
         """Of attention's backward."""
         shared, kernel = self.shared, self.work.layer.kernel
         query_to_key = 2 * shared.queries // shared.key_values
-        return kernel_workspace(kernel, shared, self.num_groups, query_to_key, self._numbers)
+        whole = kernel_workspace(kernel, shared, self.num_groups, query_to_key, self._numbers)
+        copies = self._copies_of_what_reaches_far() if KERNELS[kernel].counts_in_32_bits else 0
+        if not copies:
+            return whole
+        # One key/value head at a time, whose gradients are there beside everybody's.
+        return (whole + copies + shared.heads // self.num_groups) // self._key_heads_here()
+
+    def _copies_of_what_reaches_far(self) -> int:
+        """Bytes of a group's tensors that the kernel cannot count through (distributed/short_offsets.py)."""
+        sizes, groups = self.sizes, self.num_groups
+        queries, heads = self.shared.queries // groups, self.shared.heads // groups
+
+        def if_far(rows: int, part: int) -> int:
+            return part if rows // self._numbers > MOST_OFFSET else 0
+
+        if self.shares:  # each tensor arrives by itself then
+            return if_far(queries, heads + 2 * queries)
+        # Attention's output is columns of all heads', and so are queries, keys and values of one projection.
+        return (
+            if_far(sizes.queries, queries)
+            + if_far(sizes.heads if self.at_once else heads, heads)
+            + if_far(sizes.queries if self._attended_grad else queries, queries)
+        )
+
+    def _key_heads_here(self) -> int:
+        """Key/value heads of a group, on the rank that attends with most."""
+        heads, degree = self.work.layer.heads, self.knobs.ulysses_degree
+        plan = group_plan(heads, degree, self.num_groups)
+        return heads.num_kv_heads // self.num_groups if plan is None else max(plan.keys.counts)
 
     def projections(self, keeps: Keeps) -> LayerMoment:
         """The projections' backward, tile by tile: all of the layer's gradients are there or being summed."""

@@ -16,13 +16,15 @@ from ..config import RunConfig
 from ..config_rules import streams_layers
 from ..model import add_adapters, build_model
 from .batches import TILE, Batch, Sample, make_long_sample, make_rows, make_samples
-from .clone import Heads, draw_weights, heads_for, heads_of, small_config, small_model
+from .clone import Heads, draw_weights, heads_for, heads_of, possible_groups, small_config, small_model
 from .compare import EXACT, NEAR, Step
 from .truth import exact, plain_step
 
 MOST_PROCESSES = 4
 """Processes that are started at most; a config with more ranks a sequence has its heads scaled down."""
 DEFAULT_PROCESSES = 2
+DEEP_LAYERS = 6
+"""The fewest for segments of rising length of which one has two rebuilt inputs: one waits on the host."""
 
 
 @dataclass(frozen=True)
@@ -102,6 +104,12 @@ class Bench:
         return small_model(self.architecture, "cpu", torch.float64, seed=self.config.train.seed)
 
     @cached_property
+    def deep(self) -> nn.Module:
+        """A clone of more layers, with nothing rounded to float32."""
+        small = small_config(self.original, heads=self.heads, layers=DEEP_LAYERS)
+        return exact(small_model(small, "cpu", torch.float64, seed=self.config.train.seed))
+
+    @cached_property
     def plain(self) -> nn.Module:
         """The clone with the config's adapters, if it has any."""
         return with_adapters(copy.deepcopy(self.base), self.clone_config)
@@ -167,13 +175,19 @@ class Bench:
     @property
     def head_groups(self) -> int | str:
         """Groups of heads: two where `auto` takes so many of long sequences; no more than the clone has."""
-        asked, (queries, keys) = self.config.sequence.head_groups, self.heads
+        asked, degree = self.config.sequence.head_groups, self.layout.degree
         if asked == "auto":
-            return 2 if self.streams and keys % (2 * self.layout.degree) == 0 else asked
+            return 2 if self.streams and self.heads.keys % (2 * degree) == 0 else asked
         if self.heads == heads_of(self.original):
             return asked  # which is refused if it does not divide
-        fitting = [n for n in range(1, keys + 1) if keys % n == 0 and queries // n >= self.layout.degree]
-        return max(n for n in fitting if n <= asked)
+        return max(n for n in possible_groups(self.heads, degree) if n <= asked)
+
+    @property
+    def finest_groups(self) -> int:
+        """The most groups of heads that `auto` may come to; 1 where nothing is left to it."""
+        if self.config.sequence.head_groups != "auto" or not self.may_stream:
+            return 1
+        return possible_groups(self.heads, self.layout.degree)[-1]
 
     @property
     def tolerance(self) -> float:

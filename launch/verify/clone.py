@@ -67,8 +67,18 @@ def heads_for(heads: Heads, degree: int, ranks: int) -> Heads:
     return Heads(keys * (heads.queries // heads.keys), keys)
 
 
+def possible_groups(heads: Heads, ranks: int) -> list[int]:
+    """Numbers of head groups that a plan may choose: whole key/value heads, a query head for each rank."""
+    return [n for n in range(1, heads.keys + 1) if heads.keys % n == 0 and heads.queries // n >= ranks]
+
+
 def small_config(
-    architecture: Any, *, heads: Heads | None = None, head_width: int | None = None, window: int = WINDOW
+    architecture: Any,
+    *,
+    heads: Heads | None = None,
+    head_width: int | None = None,
+    window: int = WINDOW,
+    layers: int = LAYERS,
 ) -> Any:
     """The architecture with every field as it is, except its sizes.
 
@@ -80,6 +90,7 @@ def small_config(
         heads: Query and key/value heads; None keeps the model's own.
         head_width: Width of a head, doubled until the rotated part of it is even; None chooses.
         window: Sliding window, where the model has one.
+        layers: Of the clone; with two, each kind of layer that the model has is there once.
     """
     fields = {name: value for name, value in architecture.to_dict().items() if name not in OF_THE_FILES}
     queries, keys = heads or heads_of(architecture)
@@ -92,7 +103,7 @@ def small_config(
     fields |= {
         "hidden_size": hidden,
         "intermediate_size": 2 * hidden + 16,
-        "num_hidden_layers": LAYERS,
+        "num_hidden_layers": layers,
         "num_attention_heads": queries,
         "num_key_value_heads": keys,
         "head_dim": width,
@@ -106,7 +117,7 @@ def small_config(
     if fields.get("sliding_window"):
         fields["sliding_window"] = window
     if fields.get("layer_types"):
-        fields["layer_types"] = (sorted(set(fields["layer_types"])) * LAYERS)[:LAYERS]
+        fields["layer_types"] = (sorted(set(fields["layer_types"])) * layers)[:layers]
     if fields.get("rope_parameters"):
         fields["rope_parameters"] = _small_rope(fields["rope_parameters"], width)
     return type(architecture)(**fields)

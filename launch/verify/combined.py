@@ -14,7 +14,7 @@ from ...distributed.engine import LocalEngine
 from ...distributed.groups import ProcessGroups
 from ...mst.apply import apply_mini_sequence
 from .batches import TILE
-from .bench import Bench, Layout, trained_model
+from .bench import Bench, trained_model
 from .compare import EXACT, NEAR, Row, Step, compare, relative_error, tried
 from .optimizers import updates
 from .processes import run_job
@@ -74,14 +74,17 @@ def on_one_process(bench: Bench) -> Iterator[Row]:
         yield tried(TOGETHER, case, run)
 
 
-def jobs_of(layout: Layout) -> dict[str, str]:
+def jobs_of(bench: Bench) -> dict[str, str]:
     """Jobs for several processes, and what a row of each is called."""
+    layout, finest = bench.layout, bench.finest_groups
     processes = f"{layout.processes} processes"
     if layout.processes == 1:
         return {}
     named = {}
     if layout.degree > 1:
         named["ulysses"] = f"Ulysses, {layout.degree} processes"
+        if finest > 1 and bench.heads.keys // finest < layout.degree:
+            named["ulysses_by_groups"] = f"Ulysses by {finest} head groups, {layout.degree} processes"
     if layout.zero_stage:
         named["zero"] = f"ZeRO {layout.zero_stage}, {processes}"
     named["together"] = f"all together, {processes}"
@@ -90,7 +93,7 @@ def jobs_of(layout: Layout) -> dict[str, str]:
 
 def on_several_processes(bench: Bench) -> Iterator[Row]:
     """Techniques that are about several processes, each alone, and then all together."""
-    for job, title in jobs_of(bench.layout).items():
+    for job, title in jobs_of(bench).items():
         ranks: list[Step] = []
         yield tried(title, _case(bench, job), partial(_gradients, bench, job, title, ranks))
         if ranks and ranks[0].others:

@@ -22,7 +22,7 @@ from ..deepspeed_json import read_json
 from ..optimizer import build_optimizer
 from .batches import make_samples
 from .bench import Layout, trained_model
-from .clone import VOCABULARY
+from .clone import VOCABULARY, architecture_of, heads_of, possible_groups
 from .compare import Step
 from .optimizers import LEARNING_RATE, small_optimizer
 from .steps import CPU, engine_step, evaluated_loss
@@ -43,6 +43,13 @@ def ulysses(config: RunConfig, layout: Layout) -> Step:
         options = {"checkpoints": "gpu", "head_groups": sequence.head_groups}
     apply_mini_sequence(model, tile_tokens=None, loss=sequence.loss, **options)
     return _gradients_of(_local_engine(model, groups, layout), groups, layout)
+
+
+def ulysses_by_groups(config: RunConfig, layout: Layout) -> Step:
+    """The same by the finest groups of heads, whose key/value heads go to several ranks."""
+    finest = possible_groups(heads_of(architecture_of(config.model)), layout.degree)[-1]
+    sequence = config.sequence.model_copy(update={"checkpoints": "gpu", "head_groups": finest})
+    return ulysses(config.model_copy(update={"sequence": sequence}), layout)
 
 
 def zero(config: RunConfig, layout: Layout) -> Step:
@@ -66,6 +73,7 @@ def together(config: RunConfig, layout: Layout) -> Step:
 
 JOBS: dict[str, Callable[[RunConfig, Layout], Step]] = {
     "ulysses": ulysses,
+    "ulysses_by_groups": ulysses_by_groups,
     "zero": zero,
     "together": together,
 }
@@ -73,7 +81,7 @@ JOBS: dict[str, Callable[[RunConfig, Layout], Step]] = {
 
 def dtype_of(job: str, layout: Layout) -> torch.dtype:
     """What a job computes in: DeepSpeed keeps its masters in float32."""
-    return torch.float32 if job != "ulysses" and layout.zero_stage else torch.float64
+    return torch.float32 if job in ("zero", "together") and layout.zero_stage else torch.float64
 
 
 def run_rank(rank: int, folder: str, job: str, config: RunConfig, layout: Layout) -> None:

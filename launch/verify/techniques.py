@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,9 +13,10 @@ from ...distributed.engine import LocalEngine
 from ...distributed.groups import ProcessGroups
 from ...mst.apply import apply_mini_sequence
 from ...mst.layer_memory import SavedAttention
-from ...mst.placement import Placement
+from ...mst.placement import Placement, spread_inputs
+from ...mst.segments import fewest_waiting
 from .batches import TILE, Sample, num_labels
-from .bench import Bench
+from .bench import DEEP_LAYERS, Bench
 from .compare import EXACT, NEAR, Row, compare, tried
 from .steps import engine_step, logits_step, loss_step, packed_step
 from .truth import plain_step
@@ -41,6 +43,7 @@ def techniques(bench: Bench) -> Iterator[Row]:
         yield from tiled_mlps(bench)
     if bench.may_stream:
         yield from streamed_layers(bench)
+        yield from rebuilt_layers(bench)
     if sequence.loss != "logits":
         yield from lm_head(bench)
     yield from packed_documents(bench)
@@ -86,6 +89,27 @@ def streamed_layers(bench: Bench) -> Iterator[Row]:
                 return compare(STREAMED, case, logits_step(model, sample.batch), bench.truth([sample]))
 
             yield tried(STREAMED, case, run)
+
+
+def rebuilt_layers(bench: Bench) -> Iterator[Row]:
+    """As few inputs kept as `auto` may take: the others are rebuilt in segments of rising length."""
+    if bench.config.sequence.checkpoints != "auto":
+        return
+    room, sample = fewest_waiting(DEEP_LAYERS), _single_documents(bench)[0]
+    _, options = stream_variants(bench)[0]
+    for where, placement in (
+        ("on the GPU", spread_inputs(DEEP_LAYERS, room, 0)),
+        ("in host memory", spread_inputs(DEEP_LAYERS, 0, room)),
+    ):
+        rebuilt = placement.count("rebuild", DEEP_LAYERS)
+        case = f"{sample.name}; of {DEEP_LAYERS} layers {rebuilt} rebuilt, inputs {where}"
+
+        def run(placement: Placement = placement, case: str = case) -> Row:
+            truth, model = plain_step(bench.deep, [sample.batch]), copy.deepcopy(bench.deep)
+            apply_mini_sequence(model, loss="logits", **options | {"checkpoints": placement})
+            return compare(STREAMED, case, logits_step(model, sample.batch), truth)
+
+        yield tried(STREAMED, case, run)
 
 
 def stream_variants(bench: Bench) -> list[tuple[str, dict[str, Any]]]:

@@ -19,7 +19,7 @@ from training_samples import (
 )
 
 from longseq.distributed import ProcessGroups
-from longseq.distributed.zero_config import GatheredSizes, ZeroOptions, gathered_sizes
+from longseq.distributed.zero_config import PERSISTENT_NUMEL, GatheredSizes, ZeroOptions, gathered_sizes
 
 OFFLOADED = {
     "ZeRO 1, optimizer": {"stage": 1, "offload_optimizer": True},
@@ -171,16 +171,26 @@ def test_user_s_values_lie_over_ours() -> None:
     assert config == {**kept, "steps_per_print": 10}
 
 
+def test_small_weights_stay_whole_where_most_would_be_gathered_alone() -> None:
+    norms = [nn.LayerNorm(8, bias=False) for _ in range(2)]
+    tiled = nn.Sequential(nn.Linear(400, 400, bias=False), nn.Linear(400, 400))
+    tiled._z3_leaf = True
+    zero = ZeroOptions(3).deepspeed_config(2, nn.Sequential(*norms, tiled))["zero_optimization"]
+    assert zero["stage3_param_persistence_threshold"] == PERSISTENT_NUMEL
+    assert zero["stage3_prefetch_bucket_size"] == 2 * 400 * 400
+
+
 def test_sizes_are_those_of_what_is_gathered_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("longseq.distributed.zero_config.PERSISTENT_NUMEL", 10)
     layer = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 4))  # 32 + 8 + 32 + 4
     model = nn.Sequential(nn.Embedding(100, 4), layer, nn.Linear(4, 100, bias=False))
-    assert gathered_sizes(model) == GatheredSizes(layer=400, sharded=400)
+    assert gathered_sizes(model) == GatheredSizes(layer=400, sharded=400, whole=10)
     layer._z3_leaf = True
-    assert gathered_sizes(model) == GatheredSizes(layer=76, sharded=64)
+    assert gathered_sizes(model) == GatheredSizes(layer=76, sharded=76, whole=0)
     zero = ZeroOptions(3).deepspeed_config(2, model)["zero_optimization"]
-    assert zero["stage3_prefetch_bucket_size"] == 64
-    assert zero["stage3_max_live_parameters"] == 128
+    assert zero["stage3_param_persistence_threshold"] == 0
+    assert zero["stage3_prefetch_bucket_size"] == 76
+    assert zero["stage3_max_live_parameters"] == 152
     assert zero["reduce_bucket_size"] == 76
     assert set(ZeroOptions(2).deepspeed_config(2, model)["zero_optimization"]) == {
         "stage",

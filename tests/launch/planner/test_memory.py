@@ -13,7 +13,7 @@ from memory_samples import EVERYTHING, GIB, HOPPER, HOST, NOTHING, measured_knob
 from longseq.launch.planner.machine import Machine
 from longseq.launch.planner.memory import MemoryEstimate, estimate_memory
 from longseq.launch.planner.memory_layers import LayerMemory
-from longseq.launch.planner.memory_sizes import Sizes
+from longseq.launch.planner.memory_sizes import Sizes, kernel_workspace
 from longseq.mst.layer_memory import SavedAttention
 from longseq.mst.placement import Placement
 
@@ -211,8 +211,10 @@ def test_the_steps_of_the_optimizer_benchmark_are_retrodicted() -> None:
     assert found == 4
 
 
-def test_the_longest_probe_is_retrodicted() -> None:
+def test_the_longest_probe_is_retrodicted(monkeypatch: pytest.MonkeyPatch) -> None:
     """2,000,000 tokens on an H200, every fourth input kept."""
+    # Nothing that reached far was copied then.
+    monkeypatch.setattr("longseq.launch.planner.memory_layers.MOST_OFFSET", 2**62)
     (row,) = rows_of("decoder_probe")
     work = replace(measured_work("8b", "mini"), state_bytes=0, adapts_groups=False)
     places = Placement(gpu_layers=4, every=4)
@@ -332,3 +334,16 @@ def test_what_others_keep_of_a_card_is_reserved() -> None:
     assert beside(**ZERO_3) > 2.4 + 1
     context = replace(HOPPER, gpu=replace(HOPPER.gpu, context_bytes=GIB))
     assert beside(context) == pytest.approx(1, abs=1e-6)
+
+
+@pytest.mark.parametrize("tokens", [2**18, 2**19 + 512, 2**21])
+def test_what_a_kernel_cannot_count_through_is_copied(tokens: int) -> None:
+    """Llama-3-8B, eight groups: attention's output is columns of rows of 4,096 elements."""
+    work = replace(measured_work("8b", "mini"), adapts_groups=False)
+    knobs = measured_knobs(work, tokens, head_groups=8)
+    sizes = Sizes.of(work, knobs)
+    plain = kernel_workspace("cudnn", sizes, 8, 4, 2)
+    # Of the output; and the gradients of a key/value head's piece beside the group's.
+    more = 0 if tokens * 4096 < 2**31 else (2 * sizes.queries + sizes.key_values) // 8
+    assert work.layer.kernel == "cudnn"
+    assert LayerMemory(work, knobs, sizes, 8).kernel_workspace() == plain + more

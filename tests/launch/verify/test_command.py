@@ -16,12 +16,21 @@ from longseq.launch.cli import main
 from longseq.launch.config_file import load_config
 from longseq.launch.model import hf_config
 from longseq.launch.verify import processes, ranks, run
-from longseq.launch.verify.bench import Bench, Layout
+from longseq.launch.verify.bench import DEEP_LAYERS, Bench, Layout
+from longseq.launch.verify.combined import jobs_of
 from longseq.launch.verify.compare import EXACT, Row, Step, compare
 from longseq.launch.verify.forwards import mlp_forwards
 from longseq.launch.verify.report import Findings, as_json, as_text
-from longseq.launch.verify.techniques import STREAMED, packed_documents, stream_variants, techniques
+from longseq.launch.verify.techniques import (
+    STREAMED,
+    packed_documents,
+    rebuilt_layers,
+    stream_variants,
+    techniques,
+)
 from longseq.mst.layer_memory import SavedAttention
+from longseq.mst.placement import spread_inputs
+from longseq.mst.segments import fewest_waiting
 
 TWO = Layout(2, 2, 0)
 
@@ -107,6 +116,42 @@ def test_all_that_a_plan_may_choose_of_attention_is_tried(tmp_path: Path) -> Non
     assert {"gpu", "host", "all", SavedAttention(1, host=True, everything=True)} <= set(tried)
     kinds = {row.technique for row in techniques(bench)}
     assert STREAMED in kinds
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_rebuilt_layers_are_tried_with_inputs_in_each_place(family: str, tmp_path: Path) -> None:
+    config = load_config("tiny-cpu", [f"model.config.model_type={family}"])
+    bench = Bench.make(config, hf_config(config.model), tmp_path)
+    rows = list(rebuilt_layers(bench))
+    assert [row.case.rpartition("; ")[2] for row in rows] == [
+        "of 6 layers 3 rebuilt, inputs on the GPU",
+        "of 6 layers 3 rebuilt, inputs in host memory",
+    ]
+    assert all(row.is_right for row in rows), rows
+    placement = spread_inputs(DEEP_LAYERS, 0, fewest_waiting(DEEP_LAYERS))
+    places, waits = placement.all_places(DEEP_LAYERS), placement.waits(DEEP_LAYERS)
+    assert {where for place, where in zip(places, waits, strict=True) if place == "rebuild"} == {
+        "gpu",
+        "host",
+    }
+
+
+@pytest.mark.parametrize(
+    ("overrides", "job"),
+    [
+        ([], True),
+        (["sequence.head_groups=1"], False),  # nothing is left to a plan
+        (["sequence.checkpoints=none"], False),
+        (["model.config.num_key_value_heads=1"], False),  # one group, which "Ulysses" has tried
+        (["model.config.num_key_value_heads=4"], False),  # each rank has a key/value head of each group
+    ],
+)
+def test_groups_finer_than_ranks_share_evenly_are_tried(
+    overrides: list[str], job: bool, tmp_path: Path
+) -> None:
+    config = load_config("tiny-cpu", ["parallel.ulysses_degree=2", *overrides])
+    bench = Bench.make(config, hf_config(config.model), tmp_path)
+    assert ("ulysses_by_groups" in jobs_of(bench)) == job
 
 
 def test_one_line_says_how_the_forwards_are_counted(

@@ -25,6 +25,7 @@ from longseq.launch.verify.techniques import (
     accumulation,
     lm_head,
     packed_documents,
+    rebuilt_layers,
     streamed_layers,
     tiled_mlps,
 )
@@ -87,6 +88,9 @@ BUGS = {
     "sliding window lost": Bug(
         bugs.plant_lost_window, streamed_layers, STREAMED, (*STREAM, "model.config.model_type=mistral")
     ),
+    "rebuilt input of another layer": Bug(
+        bugs.plant_rebuilt_input_of_another_layer, rebuilt_layers, STREAMED
+    ),
     "documents see each other": Bug(bugs.plant_documents_that_meet, packed_documents, "packed documents"),
 }
 BUGS_OF_ADAPTERS = {
@@ -112,6 +116,12 @@ BUGS_OF_RANKS = {
         on_several_processes,
         "Ulysses, 2 processes",
         (*ON_TWO, *STREAM, "model.config.num_key_value_heads=1"),
+    ),
+    "key/value head that a group's ranks share": Bug(
+        bugs.plant_kv_gradient_of_one_rank,
+        on_several_processes,
+        "Ulysses by 2 head groups, 2 processes",
+        ON_TWO,
     ),
     "reducer's divisor": Bug(
         bugs.plant_unknown_divisor,
