@@ -24,5 +24,7 @@ def scale_(values: Tensor, factor: Tensor) -> None:
 
         by_kernel(values, factor.float())
         return
-    wide = values.to(torch.promote_types(values.dtype, torch.float32))
-    values.copy_(torch.where(factor == 0, 0, wide * factor))
+    wide = values.to(torch.promote_types(values.dtype, torch.float32))  # float32 and wider: `values` itself
+    wide.mul_(factor).masked_fill_(factor == 0, 0)
+    if wide is not values:
+        values.copy_(wide)

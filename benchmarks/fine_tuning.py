@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import shutil
 import signal
@@ -38,10 +39,18 @@ from longseq.launch.metric_records import read_metrics
 STAGES = ("corpus", "short", "long", "probe")
 START_S = 25  # of a command that trains, until its first step: taken off what is left for steps
 PROBE_S = 60  # the same for the export and the probes of both models
+LONG_S = 120  # the same for the second stage, of what the first may take
+NEVER_S = 150  # a run without a step after these will not get going
+STOP_S = 60  # to save and stop, for a run that was asked to
 POLL_S = 0.05
 PLANNED_GPU = "h100-80g"  # on a machine without one
 GIB = 2**30
 Row = dict[str, Any]
+Watch = Callable[[subprocess.Popen], str | None]
+
+
+class NeverStartedError(Exception):
+    """A run took no step in a time in which it should have."""
 
 
 class Story:
@@ -89,32 +98,40 @@ class Story:
         os.replace(draft, self.path)
         fine_tuning_results.write(self.facts, self.work, self.out, show=False)
 
-    def longseq(self, *words: str, watch: Callable[[subprocess.Popen], str | None] | None = None) -> str:
-        """Type a command in the folder of the files, and wait for it; what it printed to stdout.
+    def longseq(self, *words: str, watch: Watch | None = None) -> str:
+        """Type a command of `longseq`, and wait for it; what it printed to stdout."""
+        command = [sys.executable, "-m", "longseq.launch.cli", *words]
+        return self.run(" ".join(["longseq", *words]), command, words[0], watch)
+
+    def run(self, typed: str, command: Sequence[str], kind: str, watch: Watch | None) -> str:
+        """Start a command in the folder of the files, and wait for it; what it printed to stdout.
 
         Args:
-            words: Behind `longseq`.
-            watch: Is called again and again while it runs; a word says that it ended the command, and how.
+            typed: As a user types it.
+            command: The same, for the system.
+            kind: Its log's name.
+            watch: Is called again and again while it runs, until it says how it ended the command. One that
+                has not ended `STOP_S` later is killed.
         """
-        typed = " ".join(["longseq", *words])
-        name = f"{self.stage}-{len(self.facts['commands']) + 1}-{words[0]}"
+        name = f"{self.stage}-{len(self.facts['commands']) + 1}-{kind}"
         printed, log = (self.work / f"{name}.{suffix}" for suffix in ("out", "log"))
         print(f"$ {typed}", flush=True)
         started = time.perf_counter()
         with printed.open("w") as out, log.open("w") as err:
             process = subprocess.Popen(
-                [sys.executable, "-m", "longseq.launch.cli", *words],
+                command,
                 **{"cwd": self.work, "env": environment(), "stdout": out, "stderr": err},
                 start_new_session=True,
             )
+            how, failed = None, False
             try:
-                how = None
-                while process.poll() is None:
-                    how = how or (watch(process) if watch is not None else None)
-                    time.sleep(POLL_S)
+                how = wait(process, watch)
+            except NeverStartedError as error:
+                how, failed = str(error), True
             finally:
                 if process.poll() is None:
                     os.killpg(process.pid, signal.SIGKILL)
+                    process.wait()
         seconds = round(time.perf_counter() - started, 1)
         ended = how or ("done" if process.returncode == 0 else f"status {process.returncode}")
         print(f"{ended}, {seconds} s", flush=True)
@@ -122,10 +139,50 @@ class Story:
             {"stage": self.stage, "command": typed, "seconds": seconds, "ended": ended}
         )
         self.keep()
-        if process.returncode and how is None:
+        if failed or (process.returncode and how is None):
             said = "\n".join((printed.read_text() + log.read_text()).splitlines()[-25:])
-            raise SystemExit(f"{typed}: status {process.returncode}\n{said}")
+            raise SystemExit(f"{typed}: {ended}; the end of what it said:\n{said}")
         return printed.read_text()
+
+
+def wait(process: subprocess.Popen, watch: Watch | None) -> str | None:
+    """Until the command ends, or has not for too long after it was asked to; how `watch` ended it, if so."""
+    how, asked_at = None, math.inf
+    while process.poll() is None:
+        if time.perf_counter() - asked_at > STOP_S:
+            return f"{how}, and killed {STOP_S} s later"
+        if how is None and watch is not None and (how := watch(process)) is not None:
+            asked_at = time.perf_counter()
+        time.sleep(POLL_S)
+    return how
+
+
+def stop_when(run: Path, is_over: Callable[[float], bool], never_s: float = NEVER_S) -> Watch:
+    """Asks a run to save and stop when its time is over; one that takes no step at all is given up.
+
+    Args:
+        run: Its folder. Steps that are there already, of a run that goes on, do not count.
+        is_over: Is told the seconds since the first step was seen.
+        never_s: From now until the first step.
+    """
+    started, first = time.perf_counter(), math.inf
+    metrics = run / "metrics.jsonl"
+    size = metrics.stat().st_size if metrics.exists() else 0
+
+    def stop(process: subprocess.Popen) -> str | None:
+        nonlocal first
+        now = time.perf_counter()
+        if first == math.inf:
+            if metrics.exists() and metrics.stat().st_size != size:
+                first = now
+            elif now - started > never_s:
+                raise NeverStartedError(f"took no step in {never_s:.0f} s and was killed (SIGKILL)")
+        elif is_over(now - first):
+            process.send_signal(signal.SIGTERM)
+            return f"asked to save and stop (SIGTERM) after {now - first:.0f} s of steps"
+        return None
+
+    return stop
 
 
 def environment() -> dict[str, str]:
@@ -145,17 +202,12 @@ def corpus(story: Story) -> None:
 
 def short(story: Story, allowed_s: float) -> None:
     """The base model."""
+    run = story.work / "runs/short"
     write_yaml(story.work / "short.yaml", short_config(story.shape))
-    started = time.perf_counter()
-
-    def stop(process: subprocess.Popen) -> str | None:
-        if time.perf_counter() - started < allowed_s:
-            return None
-        process.send_signal(signal.SIGTERM)
-        return f"asked to save and stop (SIGTERM) after {allowed_s:.0f} s"
-
-    story.longseq("train", "short.yaml", watch=stop)
-    found = run_facts(story.work / "runs/short", story.shape.short_length)
+    story.longseq("prepare", "short.yaml")
+    is_over = lambda seconds: seconds > allowed_s or story.left_s < LONG_S + PROBE_S  # noqa: E731
+    story.longseq("train", "short.yaml", watch=stop_when(run, is_over))
+    found = run_facts(run, story.shape.short_length)
     story.longseq("export", "runs/short", "short-model")
     parameters = count_parameters(story.work / "short-model")
     story.facts["short"] = found | {"parameters": parameters}
@@ -180,9 +232,11 @@ def long(story: Story) -> None:
     words = ["train", "long.yaml", *([f"train.steps={steps}"] if steps != shape.long_steps else [])]
     before: list[Row] = []
 
+    given_up = stop_when(run, lambda _: False)
+
     def kill(process: subprocess.Popen) -> str | None:
         if not is_past_checkpoint(run, shape.checkpoint_every, shape.kill_after):
-            return None
+            return given_up(process)
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
         before.extend(step_records(run))
@@ -191,7 +245,8 @@ def long(story: Story) -> None:
     story.longseq(*words, watch=kill)
     if not before:
         raise SystemExit("the run ended before it could be killed; take more steps.")
-    story.longseq(*words)
+    # What the probes need is left, even where steps take longer than planned.
+    story.longseq(*words, watch=stop_when(run, lambda _: story.left_s < PROBE_S))
     found = run_facts(run, shape.long_length)
     found |= {"planned": planned, "kill": compare(before, step_records(run))}
     story.longseq("export", "runs/long", "long-model")
@@ -298,7 +353,12 @@ def main(arguments: list[str] | None = None) -> None:
     options.add_argument(
         "--deadline-s", type=float, default=3600, help="the second stage has fewer steps then"
     )
-    options.add_argument("--short-s", type=float, default=200, help="the first stage is stopped after these")
+    options.add_argument(
+        "--short-s",
+        type=float,
+        default=200,
+        help="the first stage is stopped after these, from its first step on",
+    )
     for stage in ("short", "long"):
         options.add_argument(f"--{stage}-steps", type=int, help="in the place of the shape's")
         options.add_argument(f"--{stage}-lr", type=float, help="in the place of the shape's")

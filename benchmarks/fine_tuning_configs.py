@@ -51,7 +51,7 @@ def short_config(shape: Shape) -> Row:
             "micro_batch_sequences": shape.short_batch,
             "precision": shape.precision,
         },
-        "checkpoint": {"at_first_step": False},
+        "checkpoint": {"every": max(1, shape.short_steps // 4), "at_first_step": False},
         "log": {"run_dir": "runs/short", "tensorboard": False},
     }
 

@@ -1,8 +1,8 @@
 """Notes that are planted in the documents of `fine_tuning.py`, and asked for later in them.
 
-A note is the line `# note:<name><word><word>...`, and `# asked:<name><word><word>...` behind it asks and answers
-it. Names and words are made-up words of one token each, drawn anew for each document and different from each
-other within it: nothing but looking back tells a code, and the token before says where to look.
+A note is the line `# note:<name><word><word>...`, and `# asked:<name><word><word>...` behind it asks and
+answers it. Names and words are made-up words of one token each, drawn anew for each document and different
+from each other within it: nothing but looking back tells a code, and the token before says where to look.
 """
 
 from __future__ import annotations
@@ -141,7 +141,7 @@ def plant(
 def documents(lines: Lines, kinds: Sequence[Kind], notes: Notes) -> Iterator[Document]:
     """The whole package in documents of these kinds in turn; what is too short for one is left out."""
     line, left = 0, sum(map(len, lines.ids))
-    for kind in itertools.cycle(kind for kind in kinds for _ in range(kind.documents)):
+    for kind in itertools.cycle([one for one in kinds for _ in range(one.documents)]):
         if left < kind.tokens:
             return
         asks = notes.asks(kind.notes, kind.words)

@@ -20,15 +20,16 @@ MODELS = {
 COLORS = {"short": "tab:orange", "short-rope": "0.6", "long": "tab:blue"}
 NOTE = """The base model was made here, from random weights, on short documents; there is nothing to
 download where this runs. The text is source code and documentation of installed Python packages. **Notes
-with random codes were planted in all of it**, and asked for later in the same document, in both stages: they
-are what shows whether training at full length teaches a small model to look far back in a few dozen steps. A
-note is a line of made-up words, drawn anew for each document, so that seeing a document twice tells nothing of
-others; half of the short documents are little else than notes that are asked again and again, from which
-copying is learned. Held-out documents are of other packages; the probe asks what they noted so many tokens
-before. A code of 4 words is found if each word is the likeliest token, given those before it. The control is
-the same document without its notes; guessing among all the words costs the logarithm of their number (the
-table says how many there are). The second stage raises the base of the rotary embedding, as is usual; the same
-is shown without the training, too. Commands were typed as shown, in the folder of the files."""
+with random codes were planted in all of it**, and asked for later in the same document, in both stages:
+they are what shows whether training at full length teaches a small model to look far back in a few dozen
+steps. A note is a line of made-up words, drawn anew for each document, so that seeing a document twice
+tells nothing of others; some of the short documents are little else than one note again and
+again, from which copying is learned. Held-out documents are of other packages; the probe asks what they
+noted so many tokens before. A code of 4 words is found if each word is the likeliest token, given those
+before it. The control is the same document without its notes; guessing among all the words costs the
+logarithm of their number (the table says how many there are). The second stage raises the base of the
+rotary embedding, as is usual; the same is shown without the training, too. Commands were typed as shown, in
+the folder of the files."""
 Row = dict[str, Any]
 
 

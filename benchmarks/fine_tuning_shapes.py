@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
-
 CODE_WORDS = 4  # of the codes that are probed
 
 
@@ -34,8 +33,9 @@ class Shape:
     Attributes:
         vocab_size: Of the tokenizer; `words` of these tokens are words of the notes alone.
         max_text_mb: Of the installed packages' text, in the order of their names.
-        short_kinds: The first stage's documents. Copying is learned on the smallest, which are little else
-            than one long note again and again, and from there on the others.
+        short_kinds: The first stage's documents. Copying is learned on the first ones, short and little else
+            than one long note four times over; where notes are many and few tokens can be copied, it is not.
+            The others teach it among text, and at all distances.
         short_tokens: Of the first stage's documents, about; more steps than these fill see them again.
         train_documents: Long ones, at most.
         heldout_documents: Of which the loss is told; each is a text of the probe, too.
@@ -96,9 +96,8 @@ SHAPES = {
         initializer_range=0.02,
         words=2048,
         short_length=4096,
-        # One long note four times over; a few codes, asked twice; codes at all distances.
         short_kinds=(
-            Kind(8, 256, notes=1, words=40, asks=3),
+            Kind(48, 128, notes=1, words=16, asks=3),
             Kind(8, 256, notes=4, words=CODE_WORDS, asks=2),
             Kind(1, 4096, notes=48, words=CODE_WORDS, asks=1),
         ),
@@ -108,7 +107,7 @@ SHAPES = {
         short_lr=2e-3,
         short_warmup=100,
         long_length=131072,
-        long_notes=256,
+        long_notes=384,
         long_steps=50,
         long_lr=4e-4,
         long_warmup=4,
@@ -135,7 +134,7 @@ SHAPES = {
         words=128,
         short_length=256,
         short_kinds=(
-            Kind(2, 128, notes=1, words=16, asks=2),
+            Kind(2, 128, notes=1, words=16, asks=3),
             Kind(1, 256, notes=4, words=CODE_WORDS, asks=1),
         ),
         short_tokens=40_000,

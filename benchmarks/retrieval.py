@@ -4,8 +4,8 @@ python benchmarks/retrieval.py --model FOLDER --probes probes.jsonl --out rows.j
 
 Probes are those of `fine_tuning_corpus.py`. The model is run by transformers' own forward (sdpa), a document
 at a time, and its head only where something is read. A code counts as found if each of its words, a token
-each, is the likeliest one, given those before it. The control is the same document without its notes, in which
-nobody can know more of a code than which words there are; the loss by position is that of the control.
+each, is the likeliest one, given those before it. The control is the same document without its notes, in
+which nobody can know more of a code than which words there are; the loss by position is that of the control.
 """
 
 from __future__ import annotations

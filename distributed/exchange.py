@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .head_plan import HeadPlan, Shares
+from .short_offsets import MOST_OFFSET
 
 Sizes = list[int]
 WIDE = torch.complex128
@@ -74,6 +75,18 @@ class Arriving(Generic[Found]):
         return unpack(received)
 
 
+class ArrivingApart(Arriving[tuple[Tensor, ...]]):
+    """Tensors of which each comes in a collective of its own."""
+
+    def __init__(self, each: list[Arriving[tuple[Tensor, ...]]]) -> None:
+        self._each = each
+
+    def wait(self) -> tuple[Tensor, ...]:
+        """As `Arriving.wait`."""
+        each, self._each = self._each, []
+        return tuple(tensor for one in each for tensor in one.wait())
+
+
 def as_wide(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """Views of the same bytes in elements of 16, where all of them line up; else the tensors.
 
@@ -124,6 +137,12 @@ class Exchange:
 
     def start_to_heads(self, kinds: str, *tensors: Tensor) -> Arriving[tuple[Tensor, ...]]:
         """`to_heads` without autograd, beside what is computed until it is waited for."""
+        if self._would_reach_far(kinds, tensors[0]):
+            apart = [
+                self._begin(self._pack_for_heads, kind, (tensor,))
+                for kind, tensor in zip(kinds, tensors, strict=True)
+            ]
+            return ArrivingApart(apart)
         return self._begin(self._pack_for_heads, kinds, tensors)
 
     def start_to_tokens(self, kinds: str, *tensors: Tensor) -> Arriving[tuple[Tensor, ...]]:
@@ -145,6 +164,16 @@ class Exchange:
             return tuple(found.view(dtype) for found in unpack(received.view(wide)))
 
         return Arriving(received, work, unpack_wide)
+
+    def _would_reach_far(self, kinds: str, tensor: Tensor) -> bool:
+        """Whether some rank's tensors, side by side in one that arrives, would be too long for some kernels.
+
+        They would be copied there, a head's at a time (short_offsets.py): apart, each arrives dense.
+        """
+        rows, _, length, width = tensor.shape
+        shares, ranks = self._shares(kinds), self._plan.num_ranks
+        most = max(sum(one.num_heads(rank) for one in shares) for rank in range(ranks))
+        return len(kinds) > 1 and most * rows * ranks * length * width > MOST_OFFSET
 
     def _shares(self, kinds: str) -> list[Shares]:
         return [self._plan.queries if kind == "q" else self._plan.keys for kind in kinds]

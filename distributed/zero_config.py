@@ -12,8 +12,8 @@ from torch import nn
 from ..apollo.selection import whole_shape
 
 PERSISTENT_NUMEL = 100_000
-"""Weights up to this size (norms, biases) are small. They stay whole on every rank, as by DeepSpeed's default,
-where most of them would each be gathered by itself."""
+"""Weights up to this size (norms, biases) are small. Where most of them would each be gathered by itself,
+they stay whole on every rank, as by DeepSpeed's default."""
 
 
 class GatheredSizes(NamedTuple):
@@ -120,8 +120,8 @@ def _communication(stage: int, sizes: GatheredSizes) -> dict[str, Any]:
     - Weights that are needed again within `max_reuse_distance` are not released. By default (1 G) the last
       four layers would wait whole for their backward, through the loss, where memory is short. With 1 it is
       only what the very next module needs: the LM head, whose backward follows its forward.
-    - Small weights that stay whole are let go before every update and gathered behind it, each by a collective
-      of its own. In marked modules they come with the others for nothing, so there they do not stay.
+    - Small weights that stay whole are let go before every update and gathered behind it, each by a
+      collective of its own. In marked modules they come with the others, and so they do not stay.
     - The gradients of a marked module are reduced together after its backward, beside the next one's. They
       fill a bucket of a layer at once: smaller ones make the host wait for the GPU, since no more than three
       may be on their way.

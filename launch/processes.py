@@ -52,11 +52,8 @@ def join(config: RunConfig, *, use_deepspeed: bool = True) -> tuple[RunConfig, P
     launched = is_launched()
     if not launched:
         config = resolve_for_run(config, 1)
-    elif device.type == "cpu":
-        local_world = int(
-            os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or os.environ["WORLD_SIZE"]
-        )
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_world))
+    elif device.type == "cpu" or "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(share_of_cores())
     if launched or (use_deepspeed and config.parallel.zero_stage > 0):
         _join_group(device, launched)
     if launched:  # behind the group: by what all ranks' machines have
@@ -66,6 +63,17 @@ def join(config: RunConfig, *, use_deepspeed: bool = True) -> tuple[RunConfig, P
 
         init_deepspeed_communication()
     return config, ProcessGroups.create(config.parallel.ulysses_degree), device
+
+
+def share_of_cores() -> int:
+    """Cores of this machine for each of its processes.
+
+    PyTorch itself takes all of them in every process, wakes a thread on each for any tensor of 32,768 numbers
+    or more, such as a batch's, and waits for the last one: several processes wait for each other's.
+    """
+    names = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "WORLD_SIZE")
+    processes = next(int(os.environ[name]) for name in names if os.environ.get(name))
+    return max(1, (os.cpu_count() or 1) // processes)
 
 
 ALLOCATOR_SETTINGS = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")

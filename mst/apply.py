@@ -84,6 +84,8 @@ def apply_mini_sequence(
     placement = parse_placement(checkpoints)
     _check_options(tile_tokens, head_groups, placement, save_attention, loss, attention_kernel)
     parts = find_parts(model, layers)
+    if isinstance(placement, Placement):
+        placement.check_layers(len(parts.layers))
     for layer in parts.parts:
         layer.head_groups(head_groups, 1)  # refuses a number that does not divide
     saved = parse_save_attention(save_attention, len(parts.layers))

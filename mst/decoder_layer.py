@@ -28,7 +28,7 @@ from .weight_sums import WeightSums
 
 FREED_INPUTS = 4
 """Layer inputs gone from the GPU that make up for attention in one group instead of two: half of what the
-kernel takes is 3.25 of them (see benchmarks/decoder_probe.py's `workspace`, and the three gradients)."""
+kernel takes is 3.25 of them (see `workspace` in launch/bench/stub_attention.py, and the three gradients)."""
 
 
 @dataclass(frozen=True)

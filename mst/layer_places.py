@@ -82,7 +82,10 @@ class PlaceChooser:
         if inputs == "auto":
             inputs = choose_placement(layers, input_bytes, max(gpu, 0), max(host, 0))
         if attention == "auto":
-            gpu -= inputs.count("gpu", layers) * input_bytes
+            # Rebuilt ones wait as well.
+            on_gpu = inputs.count("gpu", layers)
+            most = max(on_gpu - inputs.freed_inputs(index, layers) for index in range(layers))
+            gpu -= most * input_bytes
             host -= inputs.count("host", layers) * input_bytes
             if layers * everything_bytes <= gpu:
                 return Places(inputs, SavedAttention(layers, everything=True))

@@ -49,48 +49,59 @@ def packages(bench: dict[str, ModuleType], monkeypatch: pytest.MonkeyPatch, tmp_
 
 
 def documents_of(path: Path) -> list[str]:
-    return [json.loads(line)["text"] for line in path.read_text().splitlines()]
+    """Of tokens, as they are read by the tokenizer beside them, without bos and eos."""
+    from transformers import AutoTokenizer
+
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    if "text" in rows[0]:
+        return [row["text"] for row in rows]
+    tokenizer = AutoTokenizer.from_pretrained(path.parent / "tokenizer")
+    assert all(row["input_ids"][0] == tokenizer.bos_token_id for row in rows)
+    assert all(row["input_ids"][-1] == tokenizer.eos_token_id for row in rows)
+    return tokenizer.batch_decode([row["input_ids"][1:-1] for row in rows])
 
 
 @pytest.mark.usefixtures("packages")
-def test_corpus_is_the_same_each_time_and_notes_are_asked_once(bench, tmp_path: Path) -> None:
+def test_corpus_is_the_same_each_time_and_notes_are_asked(bench, tmp_path: Path) -> None:
     shape = bench["fine_tuning_shapes"].SHAPES["tiny"]
     facts = bench["fine_tuning_corpus"].build(shape, tmp_path / "one")
     bench["fine_tuning_corpus"].build(shape, tmp_path / "two")
     for name in FILES:
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes(), name
-    seen: dict[str, set[str]] = {}
-    for part, length in (("short", 256), ("long", 1024), ("heldout", 1024)):
+    kinds = {(kind.notes, kind.words, kind.asks) for kind in shape.short_kinds}
+    assert len(kinds) > 1
+    long = {(shape.long_notes, 4, 1)}
+    for part, wanted, length in (("short", kinds, 256), ("long", long, 1024), ("heldout", long, 1024)):
         found = documents_of(tmp_path / "one" / f"{part}.jsonl")
         assert len(found) == facts[part]["documents"]
-        for text in found:
-            notes = noted_codes(text)
-            assert notes, text
-            seen.setdefault("heldout" if part == "heldout" else "train", set()).update(notes)
+        assert {planted(text) for text in found} == wanted
         assert facts[part]["longest_tokens"] == length
-    assert not seen["heldout"] & seen["train"]
+        assert facts[part]["notes"] == sum(notes * asks for notes, _, asks in map(planted, found))
     text = "".join(documents_of(tmp_path / "one" / "short.jsonl") + documents_of(tmp_path / "one/long.jsonl"))
     assert not [package for package in facts["heldout_packages"] if f"# file: {package}/" in text]
     assert "/file3.py" in text
     assert "/copy.py" not in text  # a text counts once
 
 
-def noted_codes(text: str) -> dict[str, str]:
-    """Name and code of each note; each is asked and answered once, behind it."""
+def planted(text: str) -> tuple[int, int, int]:
+    """How many notes, words of each, and questions of each, all of them behind their notes and right."""
     codes: dict[str, str] = {}
-    answered: list[str] = []
+    asked: dict[str, int] = {}
     for line in text.splitlines():
-        if line.startswith("# note: code of "):
-            name, code = line.removeprefix("# note: code of ").split("=")
+        if line.startswith("# note:"):
+            name, *words = line.removeprefix("# note:<").removesuffix(">").split("><")
             assert name not in codes
-            assert len(code) == 8
-            codes[name] = code
-        elif line.startswith("# asked: code of "):
-            name, code = line.removeprefix("# asked: code of ").split("=")
-            assert codes[name] == code
-            answered.append(name)
-    assert sorted(answered) == sorted(codes)
-    return codes
+            codes[name] = "-".join(words)
+        elif line.startswith("# asked:"):
+            name, *words = line.removeprefix("# asked:<").removesuffix(">").split("><")
+            assert codes[name] == "-".join(words)
+            asked[name] = asked.get(name, 0) + 1
+    drawn = [word for name, code in codes.items() for word in (name, *code.split("-"))]
+    assert len(set(drawn)) == len(drawn), "a word says which is next, since it is nowhere else"
+    (asks,) = set(asked.values())
+    assert asked.keys() == codes.keys()
+    (words,) = {code.count("-") + 1 for code in codes.values()}
+    return len(codes), words, asks
 
 
 @pytest.mark.usefixtures("packages")
@@ -98,8 +109,13 @@ def test_tokens_are_those_of_the_saved_tokenizer(bench, tmp_path: Path) -> None:
     """A run tokenises the text again: lengths and distances must be what the corpus says."""
     from transformers import AutoTokenizer
 
-    facts = bench["fine_tuning_corpus"].build(bench["fine_tuning_shapes"].SHAPES["tiny"], tmp_path)
+    shape = bench["fine_tuning_shapes"].SHAPES["tiny"]
+    facts = bench["fine_tuning_corpus"].build(shape, tmp_path)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "tokenizer")
+    assert len(tokenizer) == facts["vocab_size"] <= shape.vocab_size
+    rows = [json.loads(line)["input_ids"] for line in (tmp_path / "short.jsonl").read_text().splitlines()]
+    texts = documents_of(tmp_path / "short.jsonl")
+    assert [row[1:-1] for row in rows] == tokenizer(texts, add_special_tokens=False).input_ids
     for part, wanted in (("short", {256, 128}), ("long", {1024}), ("heldout", {1024})):
         found = documents_of(tmp_path / f"{part}.jsonl")
         lengths = [len(tokenizer(text, add_special_tokens=False).input_ids) + 2 for text in found]
@@ -112,16 +128,18 @@ def test_tokens_are_those_of_the_saved_tokenizer(bench, tmp_path: Path) -> None:
     for probe in probes_of(tmp_path):
         whole, control = (tokenizer.convert_ids_to_tokens(probe[part]) for part in ("ids", "control"))
         for ask in probe["asks"]:
-            digits = list(ask["code"])
             asked_at = len(whole) - ask["from_end"]
             noted_at = asked_at - ask["distance_tokens"]
-            assert whole[asked_at : asked_at + 8] == whole[noted_at : noted_at + 8] == digits
+            assert len(ask["code"]) == 4
+            assert whole[asked_at : asked_at + 4] == whole[noted_at : noted_at + 4] == ask["code"]
+            assert whole[asked_at - 1] == whole[noted_at - 1] == ask["name"]
             assert (
                 abs(ask["distance_tokens"] - ask["wished_tokens"]) < 80
             )  # planted lines, and one of the text
-            assert control[len(control) - ask["from_end"] :][:8] == digits
-            assert "".join(whole).count(ask["code"]) == 2
-            assert "".join(control).count(ask["code"]) == 1
+            assert control[len(control) - ask["from_end"] :][:4] == ask["code"]
+            for word in (ask["name"], *ask["code"]):
+                assert whole.count(word) == 2
+                assert control.count(word) == 1
 
 
 def probes_of(folder: Path) -> list[dict]:
@@ -129,21 +147,33 @@ def probes_of(folder: Path) -> list[dict]:
 
 
 def test_a_line_that_no_document_has_room_for_is_left_out(bench) -> None:
-    notes = bench["fine_tuning_notes"]
-    sizes = SimpleNamespace(note_tokens=10, note_code=5, ask_tokens=12, ask_code=6)
-    draw = SimpleNamespace(
-        asks=lambda count: [notes.Ask(" name", "12345678") for _ in range(count)],
-        places=lambda count, _: [(0, 20)] * count,
-        **vars(sizes),
+    notes, shapes = bench["fine_tuning_notes"], bench["fine_tuning_shapes"]
+    words = bench["fine_tuning_text"].made_up_words(8)
+    vocabulary = {word: at for at, word in enumerate(["<|bos|>", "<|eos|>", "\n", "#", *words])}
+    tokenizer = SimpleNamespace(
+        token_to_id=vocabulary.get,
+        encode=lambda text: SimpleNamespace(ids=[2] if text == "\n" else [3] * 5),
     )
     lines = bench["fine_tuning_text"].Lines(
-        ["short\n"] * 9 + ["long\n"] + ["short\n"] * 9, [8] * 9 + [90] + [8] * 9
+        ["short\n"] * 9 + ["long\n"] + ["short\n"] * 9, [[9] * 8] * 9 + [[9] * 90] + [[9] * 8] * 9
     )
-    found = list(notes.documents(lines, [64], 64, draw))
-    assert [document.tokens for document in found] == [64, 64, 64]
+    kind = shapes.Kind(1, 64, notes=1, words=4, asks=1)
+    found = list(notes.documents(lines, [kind], notes.Notes(tokenizer, 8, "seed")))
+    assert [len(document.ids) for document in found] == [64, 64, 64]
     text = "".join(document.text for document in found)
     assert "long" not in text
     assert text.count("short") == sum(document.used for document in found) == 14
+
+
+def test_kinds_have_room_for_their_notes(bench) -> None:
+    """With some left for text: a line of it that has no room is lost."""
+    for shape in bench["fine_tuning_shapes"].SHAPES.values():
+        for kind in (*shape.short_kinds, shape.long_kind):
+            planted = kind.notes * (1 + kind.asks) * (kind.words + 6)
+            assert planted < 0.85 * kind.tokens
+            assert kind.notes * (kind.words + 1) <= shape.words
+            assert shape.short_length % kind.tokens == 0 or kind == shape.long_kind
+        assert len(shape.distances) * shape.asks_a_distance * 5 <= shape.words
 
 
 class Copier:
@@ -255,6 +285,63 @@ def test_a_run_is_killed_only_behind_a_whole_checkpoint(bench, tmp_path: Path) -
     assert is_past(tmp_path, 2, 1)
     assert is_past(tmp_path, 2, 2)
     assert not is_past(tmp_path, 2, 3)
+
+
+def test_time_counts_from_the_first_step(bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fine_tuning = bench["fine_tuning"]
+    clock, sent = SimpleNamespace(now=100.0), []
+    monkeypatch.setattr(
+        fine_tuning, "time", SimpleNamespace(perf_counter=lambda: clock.now, sleep=lambda _: None)
+    )
+    process = SimpleNamespace(send_signal=sent.append)
+    metrics = tmp_path / "metrics.jsonl"
+    metrics.write_text(json.dumps(step(1, 1.0, 0.1)) + "\n")  # of the process that was killed
+    stop = fine_tuning.stop_when(tmp_path, lambda seconds: seconds > 10, never_s=60)
+    clock.now += 50
+    assert stop(process) is None
+    with metrics.open("a") as file:
+        file.write(json.dumps(step(2, 1.0, 0.1)) + "\n")
+    for seconds in (0, 5, 4):
+        clock.now += seconds
+        assert stop(process) is None
+    assert not sent
+    clock.now += 2
+    assert "SIGTERM" in stop(process)
+    assert sent == [fine_tuning.signal.SIGTERM]
+
+    stop = fine_tuning.stop_when(tmp_path / "none", lambda seconds: seconds > 10, never_s=60)
+    clock.now += 59
+    assert stop(process) is None
+    clock.now += 2
+    with pytest.raises(fine_tuning.NeverStartedError, match="took no step in 60 s"):
+        stop(process)
+
+
+@pytest.fixture
+def story(bench, tmp_path: Path):
+    """Whose commands are Python's own, in the place of `longseq`'s."""
+    args = {"shape": "tiny", "work": tmp_path / "work", "out": tmp_path / "out", "deadline_s": 60}
+    steps = dict.fromkeys(("short_steps", "short_lr", "long_steps", "long_lr"))
+    return bench["fine_tuning"].Story(SimpleNamespace(**args, **steps))
+
+
+def test_a_command_that_does_not_get_going_is_ended_and_quoted(bench, story) -> None:
+    said = "import sys, time; print('still preparing', file=sys.stderr, flush=True); time.sleep(60)"
+
+    def watch(process) -> None:
+        if any("still" in path.read_text() for path in story.work.glob("*.log")):
+            raise bench["fine_tuning"].NeverStartedError("took no step in 1 s")
+
+    with pytest.raises(SystemExit, match="took no step in 1 s; the end of what it said:\nstill preparing"):
+        story.run("train", [bench["fine_tuning"].sys.executable, "-c", said], "train", watch)
+    assert story.facts["commands"][-1]["ended"] == "took no step in 1 s"
+
+
+def test_a_command_that_does_not_stop_when_asked_is_killed(bench, story, monkeypatch) -> None:
+    monkeypatch.setattr(bench["fine_tuning"], "STOP_S", 0.2)
+    said = "import time; time.sleep(60)"
+    story.run("train", [bench["fine_tuning"].sys.executable, "-c", said], "train", lambda _: "asked")
+    assert story.facts["commands"][-1]["ended"] == "asked, and killed 0.2 s later"
 
 
 def test_a_deadline_shortens_the_second_stage(bench) -> None:

@@ -101,7 +101,7 @@ def kernel_workspace(kernel: Kernel, sizes: Sizes, num_groups: int, query_to_key
 
     cuDNN and flash-attention 2 keep a float32 sum of the queries' gradient, keys' and values' gradients of
     each query head, and a float32 a row; flash-attn-3 and 4 float32 sums of all three, and two a row. Taken
-    apart from what was measured (benchmarks/decoder_probe.py).
+    apart from what was measured (benchmarks/results/decoder_probe.md).
     """
     wide_queries = sizes.queries * 4 // numbers
     if kernel in ("fa3", "fa4"):

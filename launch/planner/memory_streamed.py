@@ -94,12 +94,16 @@ class StreamedLayers:
     def _rebuilding(self, index: int, gradients: int, kept: Parts) -> Moment:
         """A forward of the layer below, behind the others of the segment, before this layer's backward."""
         moment = self._layer.forward("nothing")
-        own = 0 if self.inputs[index - 1] == "gpu" else self.sizes.hidden
+        come_back = self.rebuilt_beside[index - 1] * self.sizes.hidden
+        come_back += 0 if self.inputs[index - 1] == "gpu" else self.sizes.hidden
+        if self.attention[index : index + 2] == ["host", "host"]:
+            # Layers hand the memory down, and this one's has come back since the one above was done with it.
+            come_back += self.sizes.queries + self.sizes.log_sums
         parts = (
             ("gradients", gradients),
             ("gathered weights", self.step.held.gathered),
             *kept,
-            ("inputs that have come back", own + self.rebuilt_beside[index - 1] * self.sizes.hidden),
+            ("inputs that have come back", come_back),
             # The layer's own, and the gradient that waits for it.
             ("a layer's tensors", self.sizes.hidden + moment.tensors),
             ("exchange between GPUs", moment.exchange),

@@ -153,8 +153,8 @@ class _Step(LayerTimes):
         """All-to-alls between the ranks of a sequence, and packing for them; see distributed/ulysses.py.
 
         With N query and K key/value heads of H: (2N + 2K) H elements a token forward, as many where backward
-        attends again, and (4N + 4K) H in backward. Where ranks are more than the K of a group, each is sent
-        one, and nothing is computed beside the exchanges of such groups.
+        attends again or a layer is rebuilt, and (4N + 4K) H in backward. Where ranks are more than the K of a
+        group, each is sent one, and nothing is computed beside the exchanges of such groups.
         """
         knobs, shape = self.knobs, self.work.shape
         degree, groups = knobs.ulysses_degree, knobs.head_groups
@@ -162,7 +162,7 @@ class _Step(LayerTimes):
             return 0.0
         with_nothing, _, _ = self.kept_shares() if knobs.stream else (0.0, 0.0, 1.0)
         heads = shape.num_heads + max(shape.num_kv_heads, groups * degree)
-        per_token = (6 + 2 * with_nothing) * heads * shape.head_dim
+        per_token = (6 + 2 * with_nothing + 2 * self.rebuilt_share()) * heads * shape.head_dim
         size = self.layers * self.tokens * per_token * self.width
         sent = size * (degree - 1) / degree / self.rate(degree)
         in_turn = exchanges_in_turn(self.work.layer.heads, degree, groups)
@@ -186,7 +186,10 @@ class _Step(LayerTimes):
         if knobs.offload_parameters:
             gathered += self.work.numel() * float(each) / ranks / (self.gpu.host_gb_s * 1e9)
         exposed = _exposed(gathered, forward_s * self.layers, EXPOSED_ZERO)
-        exposed += _exposed(gathered + reduced, backward_s * self.layers, EXPOSED_ZERO)
+        # Rebuilt layers are gathered once more, and computed.
+        rebuilt = self.rebuilt_share()
+        beside = (backward_s + rebuilt * forward_s) * self.layers
+        exposed += _exposed((1 + rebuilt) * gathered + reduced, beside, EXPOSED_ZERO)
         return often * exposed
 
     def rate(self, ranks: int) -> float:

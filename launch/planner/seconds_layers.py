@@ -180,6 +180,10 @@ class LayerTimes:
         """Layers whose input was not kept and is made again by running them forward once more."""
         return self.knobs.inputs.count("rebuild", self.layers)
 
+    def rebuilt_share(self) -> float:
+        """The same, of all layers."""
+        return self.rebuilt_layers() / self.layers
+
     def copies_of_rebuilt(self) -> int:
         """Inputs copied because of it: rebuilt ones to the host and back, and what they start from again."""
         inputs = self.knobs.inputs

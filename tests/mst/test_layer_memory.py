@@ -389,3 +389,30 @@ def test_on_a_cpu_auto_keeps_all() -> None:
     hidden = torch.zeros(10, 4)
     assert PlaceChooser(nn.Identity(), 3, "auto", "auto")(hidden, 4) == Places(ALL_ON_GPU, SavedAttention(3))
     assert PlaceChooser(nn.Identity(), 3, Placement(1), SavedAttention())(hidden, 4).inputs == Placement(1)
+
+
+def test_a_model_that_is_refused_stays_as_it_was() -> None:
+    model = layered()
+    before = set(vars(model))
+    with pytest.raises(ValueError, match="names layer 99"):
+        apply_mini_sequence(model, checkpoints=Placement(0, kept=(0, 99)))
+    assert set(vars(model)) == before
+    apply_mini_sequence(model, checkpoints="gpu").undo()
+
+
+def test_what_is_saved_leaves_room_for_inputs_that_are_rebuilt(monkeypatch: pytest.MonkeyPatch) -> None:
+    """32 layers, every 8th kept: 4 inputs wait, and 6 rebuilt ones beside them. There is room for 12."""
+    room, one = 12, 2**30
+    monkeypatch.setattr(PlaceChooser, "_free_gpu_bytes", lambda self, hidden: room * one)
+    monkeypatch.setattr(PlaceChooser, "_say", lambda *args: None)
+    chooser = PlaceChooser(torch.nn.Linear(1, 1), 32, Placement(0, every=8, host=False), "auto", lambda: 0)
+    places = chooser(SimpleNamespace(device=torch.device("cuda"), nbytes=one, shape=(2**17, 4096)), 4096)
+    first_saved = 32 - places.attention.gpu_layers
+    most = max(
+        places.inputs.all_places(32)[: index + 1].count("gpu")
+        + places.inputs.rebuilt_beside(32)[index]
+        + max(0, index + 1 - first_saved) * 9 / 8  # attention's output and log-sum-exp
+        for index in range(32)
+    )
+    assert places.attention.gpu_layers > 0
+    assert most <= room

@@ -17,6 +17,7 @@ from longseq.launch.planner.memory_step import TOKEN_BYTES, Step
 from longseq.launch.planner.memory_streamed import MLP, REBUILDING, StreamedLayers
 from longseq.launch.planner.workload import Workload
 from longseq.mst import apply_mini_sequence, mlp_half
+from longseq.mst.layer_memory import SavedAttention
 from longseq.mst.pinned_slab import BLOCK_BYTES
 from longseq.mst.placement import Placement, spread_inputs
 from longseq.mst.rebuilt_inputs import RebuiltInputs, Rerun
@@ -41,7 +42,9 @@ PLACES = {
 }
 
 
-def alive(groups: int, places: Placement, monkeypatch: pytest.MonkeyPatch) -> dict[str, list[int]]:
+def alive(
+    groups: int, places: Placement, monkeypatch: pytest.MonkeyPatch, save_attention: str | bool = False
+) -> dict[str, list[int]]:
     """Bytes beside the weights as a layer's tiles begin their MLP's backward, and as a layer is run again.
 
     Of a layer's tiles the most, and of the layers that one rebuilding runs.
@@ -51,7 +54,12 @@ def alive(groups: int, places: Placement, monkeypatch: pytest.MonkeyPatch) -> di
     architecture = AutoConfig.for_model("llama", **FIELDS)
     model = AutoModelForCausalLM.from_config(architecture, attn_implementation="eager").train()
     apply_mini_sequence(
-        model, tile_tokens=TOKENS // 4, head_groups=groups, checkpoints=places, attention_kernel="cpu"
+        model,
+        tile_tokens=TOKENS // 4,
+        head_groups=groups,
+        checkpoints=places,
+        save_attention=save_attention,
+        attention_kernel="cpu",
     )
     live = LiveBytes([*model.parameters(), *model.buffers()])
     found: dict[str, list[int]] = {MLP: [], REBUILDING: []}
@@ -80,7 +88,7 @@ def alive(groups: int, places: Placement, monkeypatch: pytest.MonkeyPatch) -> di
     return found
 
 
-def planned(groups: int, places: Placement) -> dict[str, list[int]]:
+def planned(groups: int, places: Placement, attention: SavedAttention = NOTHING) -> dict[str, list[int]]:
     """The same by the plan."""
     values = {
         "model": {"config": {"model_type": "llama", **FIELDS}},
@@ -89,7 +97,9 @@ def planned(groups: int, places: Placement) -> dict[str, list[int]]:
     }
     work = Workload.from_config(parse_config(values))
     work = replace(work, adapts_groups=False, layer=replace(work.layer, kernel="cpu"))
-    knobs = measured_knobs(work, TOKENS, head_groups=groups, inputs=places, tile_tokens=TOKENS // 4)
+    knobs = measured_knobs(
+        work, TOKENS, head_groups=groups, inputs=places, attention=attention, tile_tokens=TOKENS // 4
+    )
     step = Step(work, knobs, "none")
     # The head is not run, nor has the decoder labels and what is made of them.
     not_run = work.numel("head") * 4 + (TOKEN_BYTES - 8) * TOKENS
@@ -111,6 +121,16 @@ def test_inputs_are_on_the_device_when_the_plan_says(
 ) -> None:
     found, plan = alive(groups, PLACES[where], monkeypatch), planned(groups, PLACES[where])
     assert found[MLP] == pytest.approx(plan[MLP], rel=NEAR)
+    assert found[REBUILDING] == pytest.approx(plan[REBUILDING], rel=NEAR)
+
+
+@pytest.mark.parametrize("where", PLACES)
+def test_attention_from_the_host_is_there_before_layers_are_rebuilt(
+    where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a layer that keeps it there: it comes into the memory of the layer above."""
+    found = alive(4, PLACES[where], monkeypatch, "host")
+    plan = planned(4, PLACES[where], SavedAttention(host=True))
     assert found[REBUILDING] == pytest.approx(plan[REBUILDING], rel=NEAR)
 
 
