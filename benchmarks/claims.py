@@ -123,7 +123,7 @@ def main(arguments: list[str] | None = None) -> None:
     )
     args: argparse.Namespace = options.parse_args(arguments)
     if args.longest:
-        collect(args.longest, args.results)
+        collect(args.longest, args.out or args.results)
     print(write([row_of(claim, Results(args.results)) for claim in CLAIMS], args.out))
 
 

@@ -24,13 +24,17 @@ from longseq.launch.bench.stub_attention import StubAttention
 from longseq.launch.bench.stub_products import StubProducts
 from longseq.mst.placement import choose_placement
 
-GRAIN, FINE_GRAIN, FINE_BELOW = 4096, 512, 32768
-"""Lengths are multiples of the first; short ones, of which that would be a large part, of the second."""
+GRAINS = ((131072, 4096), (32768, 1024), (0, 512))
+"""From so many tokens on lengths are multiples of so many: about `STEP` of them at the most."""
+FINE_GRAIN = GRAINS[-1][1]
 STEP = 0.03
 """A length that fits and one that does not are no further apart in the end, if there are tries enough."""
-NEAR, FAR = 4, 16
-"""Times the longest known one is the next tried at the most: the slope between short ones says little of long
-ones."""
+REACH = 2
+"""Times the longest known one is the next tried at the most: at short ones the optimizer's step, or one tile,
+has the peak, so that the slope between them says little of long ones. Such a probe takes seconds."""
+HOST_REACH, FAR = 4, 16
+"""The same where inputs wait on the host, and probes take minutes: until a probe has added to what is known,
+and then."""
 SPARE_SHARE, MORE_SPARE = 0.01, 0.015
 """Of the card, left for fragments when a length is guessed; and so much more after each that had no room."""
 LADDER = (1024, 2048, 4096)
@@ -105,11 +109,19 @@ class Memory:
     anchor_host_bytes: Callable[[int, int], int] | None = None
     on_host: bool = False
     spare_share: float = SPARE_SHARE
+    knows_a_probe: bool = False
 
     def add(self, row: dict[str, Any]) -> None:
         """A step that was measured."""
         if row.get("peak_bytes") is not None:
             self.points[row["tokens"]] = row["peak_bytes"]
+
+    def add_steered(self, row: dict[str, Any]) -> None:
+        """A probe whose inputs were placed by room: as the rung's own placement would have been."""
+        if row.get("peak_bytes") is not None and row.get("inputs") is not None:
+            beside_one = max(0, row["inputs"]["gpu"] - 1) * row["tokens"] * self.row_bytes
+            self.add({"tokens": row["tokens"], "peak_bytes": row["peak_bytes"] - beside_one})
+            self.knows_a_probe = True
 
     def slope(self) -> float | None:
         """Bytes a token, between the two longest."""
@@ -160,7 +172,7 @@ class Memory:
         """The longest that should fit, not far beyond the longest that did; that one, if little is known."""
         if len(self.points) < 2:
             return longest
-        times = FAR if max(self.points) >= FINE_BELOW else NEAR
+        times = REACH if not self.on_host else FAR if self.knows_a_probe else HOST_REACH
         least, most = longest, times * longest
         while most - least > 1:
             middle = (least + most) // 2
@@ -170,7 +182,7 @@ class Memory:
 
 def grain(num_tokens: int) -> int:
     """What lengths about so long are multiples of."""
-    return GRAIN if num_tokens >= FINE_BELOW else FINE_GRAIN
+    return next(unit for least, unit in GRAINS if num_tokens >= least)
 
 
 def on_grain(num_tokens: float) -> int:
@@ -216,19 +228,26 @@ class Search:
     def _wanted(self) -> int | None:
         if self.fails is None:
             longest = self.fits or SMALL_TOKENS
-            above = -(-int(longest * (1 + STEP)) // grain(longest)) * grain(longest)
-            return max(self.memory.guess(longest), above)
+            return max(self.memory.guess(longest), a_step_above(longest))
         if self.fits is None:
             return on_grain(self.fails / 2)
         unit = grain(self.fits)
         if self.fails - self.fits <= max(unit, STEP * self.fits):
             return None
         guess = self.memory.guess(self.fits)
-        if not self.fits < guess < self.fails:
+        if guess <= self.fits:  # all that is left is to show that there is no more
+            guess = a_step_above(self.fits)
+        elif guess >= self.fails:
             # A little less; where that has no room either, no lower than half of the way in proportion.
             less = self.fails * (1 - STEP * 4 ** max(0, self._failed_in_a_row - 1))
             guess = on_grain(max(less, math.sqrt(self.fits * self.fails)))
         return min(max(guess, self.fits + unit), self.fails - unit)
+
+
+def a_step_above(num_tokens: int) -> int:
+    """The next length that is worth a try where this one fits."""
+    unit = grain(num_tokens)
+    return on_grain(num_tokens) + max(unit, int(STEP * num_tokens) // unit * unit)
 
 
 def steer(chooser: SteeredChooser | None, memory: Memory, *, on_host: bool) -> None:

@@ -21,9 +21,13 @@ def draw(rows: list[Row], path: Path) -> None:
     """Both panels as a PNG; ours in colours, by optimizer, others' in grey; without a smaller card's rows."""
     rows = [row for row in rows if row.get("card_gib") is None and row.get("times") is not None]
     lengths = {row["name"]: row.get("longest", {}).get("tokens") for row in rows}
+    # No longer one was seen to have no room: the bar is what was tried, and no limit.
+    at_least = {row["name"] for row in rows if row.get("longest", {}).get("fails_tokens") is None}
     for row in rows:
         source = row.get("longest", {}).get("as")
         lengths[row["name"]] = lengths[row["name"]] or lengths.get(source)
+        if source is not None and source not in at_least:
+            at_least.discard(row["name"])
     speeds = {row["name"]: speed_of(row) for row in rows}
     panels = ((lengths, "longest sequence (tokens)"), (speeds, "tokens/s at 65,536 tokens"))
     if not any(value for values, _ in panels for value in values.values()):
@@ -40,7 +44,9 @@ def draw(rows: list[Row], path: Path) -> None:
         numbers = [values[row["name"]] or 0 for row in rows]
         axis.barh(places, numbers, color=[color_of(row) for row in rows], height=0.72)
         for place, number in zip(places, numbers, strict=True):
-            axis.text(number, place, f" {number:,.0f}" if number else " -", va="center", fontsize=8)
+            mark = "\u2265 " if values is lengths and rows[place]["name"] in at_least else ""
+            text = f" {mark}{number:,.0f}" if number else " -"
+            axis.text(number, place, text, va="center", fontsize=8)
         axis.set_xlabel(title)
         axis.xaxis.set_major_formatter("{x:,.0f}")
         axis.set_xlim(0, 1.18 * max(numbers) or 1)

@@ -36,6 +36,21 @@ class Kept:
         """A line of progress."""
         print(f"[{process_age_s():6.1f} s] {self.path.stem}: {text}", flush=True)
 
+    def checked(self, environment: Row) -> Row:
+        """The environment, if what the row has already is of the same.
+
+        Raises:
+            SystemExit: It is not, and numbers of two would stand under one name.
+        """
+        earlier = self.row.get("environment", environment)
+        for key in ("device", "versions"):
+            if earlier.get(key) != environment.get(key):
+                raise SystemExit(
+                    f"{self.path} is of {key}={earlier.get(key)}, and here it is {environment.get(key)}; use "
+                    "--again, or another --out."
+                )
+        return environment
+
     def write(self) -> None:
         """Keep what there is."""
         write_row(self.path, self.row)

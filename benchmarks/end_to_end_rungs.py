@@ -103,6 +103,8 @@ class Setting:
     @property
     def phases(self) -> tuple[str, ...]:
         """What can be asked of it."""
+        if self.rung.saves and self.rung.longest_as is None:
+            return ("times",)  # it keeps what no long sequence has room for
         return PHASES if self.card_gib is None else ("longest",)
 
 
@@ -179,7 +181,6 @@ RUNGS = (
         head_groups="auto",
         save_attention="all",
         mini=True,
-        longest_as="mini",
     ),
     ours(
         "mini-saved-fa4",
@@ -189,7 +190,6 @@ RUNGS = (
         save_attention="all",
         kernel="fa4",
         mini=True,
-        longest_as="mini",
     ),
     Rung("liger", "Liger, layer checkpoints", others(anchors.liger)),
     Rung("alst", "ALST: TiledMLP, tiled loss, layer checkpoints", others(anchors.alst)),
@@ -236,9 +236,9 @@ def timed(
         steps = 1.1 if setting.rung.host_bytes is None else 2.0
         about_s += sum(steps * step_s(tokens) for tokens in lengths if tokens <= last)
         about_s += (repeats + 1) * step_s(min(lengths))
-    if "longest" in phases and setting.rung.longest_as is None:
+    if "longest" in phases and "longest" in setting.phases and setting.rung.longest_as is None:
         about_s += LONG_SEARCH_S if setting.rung.on_host else SEARCH_S
-    if "train" in phases and setting.rung.longest_as is None:
+    if "train" in phases and "train" in setting.phases and setting.rung.longest_as is None:
         about_s += train_s
     return replace(setting, about_s=about_s, least_s=least_s)
 
@@ -248,7 +248,7 @@ def add_options(options: argparse.ArgumentParser) -> None:
     options.add_argument("--phases", nargs="+", choices=PHASES, default=list(PHASES))
     options.add_argument("--lengths", type=int, nargs="+", default=[16384, 65536, 131072])
     options.add_argument("--repeats", type=int, default=2, help=f"steps under {LONG_TOKENS:,} tokens")
-    options.add_argument("--tries", type=int, default=6, help="lengths near the longest")
+    options.add_argument("--tries", type=int, default=12, help="lengths near the longest")
     options.add_argument("--train-minutes", type=float, default=8, help="of a step at the longest length")
     options.add_argument("--host-gib", type=float, default=115, help="pinned at the most")
     options.add_argument("--gpu-gib", type=float, help="emulate a card of so many, context included")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -39,6 +40,17 @@ class Taken:
     reserved_bytes: int | None
     host_bytes: int
     """Pinned for what waits in host memory."""
+
+
+def finite(taken: Taken) -> Taken:
+    """The same, if its loss and gradients are numbers.
+
+    Raises:
+        ArithmeticError: They are not.
+    """
+    if not (math.isfinite(taken.loss) and math.isfinite(taken.norm)):
+        raise ArithmeticError(f"loss {taken.loss}, gradient norm {taken.norm}")
+    return taken
 
 
 class Training:

@@ -14,7 +14,8 @@ GIB = 2**30
 LONG_TOKENS = 65536
 KEPT = (
     *("config", "overrides", "gpus", "tokens", "kind", "memory_only", "note", "environment"),
-    *("seconds", "tokens_per_second", "model_tflops_per_gpu", "loss", "norm", "peak_gib", "host_pinned_gib"),
+    *("seconds", "tokens_per_second", "model_tflops_per_gpu", "losses", "norms"),
+    *("peak_gib", "reserved_gib", "device_used_gib", "host_pinned_gib"),
 )
 """Of a row of `longseq bench`, which holds the whole config too."""
 SEQUENCE_PARALLEL = Path(__file__).with_name("results") / "sequence_parallel.json"
@@ -56,6 +57,7 @@ def collect(folders: list[Path], bench_files: list[Path], out: Path | None) -> l
     rows = [row for setting in SETTINGS if (row := found_of(folders, setting)) is not None]
     if not rows:
         raise SystemExit(f"{', '.join(map(str, folders))}: no measured setting.")
+    refuse_others(rows)
     with_differences(rows)
     runs = bench_rows(bench_files)
     several = sequence_parallel_rows(SEQUENCE_PARALLEL)
@@ -64,7 +66,9 @@ def collect(folders: list[Path], bench_files: list[Path], out: Path | None) -> l
         tables.append(("Runs of `longseq bench`", [shown_run(run) for run in runs]))
     if several:
         tables.append(("Several GPUs (sequence_parallel.json)", several))
-    left_out = {row["name"]: row["note"] for row in rows if "note" in row and not row.get("times")}
+    left_out = what_is_missing(rows)
+    if left_out:
+        tables.append(("Not measured", [{"setting": name, "why": why} for name, why in left_out.items()]))
     report.write(
         "end_to_end",
         f"Whole training steps of the shape {rows[0]['shape']}, technique by technique",
@@ -88,6 +92,43 @@ def found_of(folders: list[Path], setting: Setting) -> Row | None:
         path = folder / f"{setting.name}.json"
         if path.exists():
             found = json.loads(path.read_text())
+    if found is not None and setting.rung.longest_as is None and "as" in found.get("longest", {}):
+        del found["longest"]  # of a file from when this rung had another's
+    return found
+
+
+def refuse_others(rows: list[Row]) -> None:
+    """One table is of one model and one kind of machine, with one set of packages.
+
+    Raises:
+        SystemExit: Which row is of another.
+    """
+    for row in rows[1:]:
+        for name, one, other in differences(rows[0], row):
+            raise SystemExit(
+                f"{row['name']} has {name}={other}, and {rows[0]['name']} {name}={one}: they are no rows of "
+                "one table; leave one folder out, or measure it --again."
+            )
+
+
+def differences(one: Row, other: Row) -> list[tuple[str, Any, Any]]:
+    """What two rows differ in that their numbers depend on."""
+    pairs = [(name, one.get(name), other.get(name)) for name in ("shape", "layers", "host_gib", "allocator")]
+    for name in ("device", "versions"):
+        pairs.append((name, one["environment"].get(name), other["environment"].get(name)))
+    return [pair for pair in pairs if pair[1] != pair[2]]
+
+
+def what_is_missing(rows: list[Row]) -> dict[str, str]:
+    """Settings that there is nothing of, and what others could not do in their time, by name."""
+    there = {row["name"]: row for row in rows}
+    found = {}
+    for setting in SETTINGS:
+        row = there.get(setting.name)
+        notes = ["no file"] if row is None else [row[key] for key in ("note",) if key in row]
+        notes += [] if row is None else row["left_out"]
+        if notes:
+            found[setting.name] = "; ".join(notes)
     return found
 
 
@@ -184,8 +225,8 @@ def longest(row: Row, others: list[Row]) -> Row | None:
         "": label(row),
         "optimizer": row["optimizer"],
         "longest": found["tokens"],
-        "not": found.get("fails_tokens") or found.get("why"),
-        "state": note or found.get("state"),
+        "not": above(row if note is None else source, found),
+        "state": note or found.get("state", "the search did not end"),
         "KiB/token": None if slope is None else slope / 1024,
         "peak GiB": in_gib(at.get("peak_bytes")),
         "reserved GiB": in_gib(at.get("reserved_bytes")),
@@ -196,6 +237,15 @@ def longest(row: Row, others: list[Row]) -> Row | None:
         "probe's error": off,
         "step s, trained": row.get("trained", {}).get("seconds") if note is None else None,
     }
+
+
+def above(row: Row, found: Row) -> str | None:
+    """What is known of longer ones."""
+    fails, why = found.get("fails_tokens"), found.get("why")
+    if fails is None:
+        return why or "longer ones not tried"
+    text = f"{fails:,}" if why in (None, "out of memory") else f"{fails:,} ({why})"
+    return text if "longest" in row.get("done", ("longest",)) else f"{text}, none tried between"
 
 
 def losses_of(row: Row) -> list[Row]:
@@ -244,10 +294,10 @@ def shown_run(row: Row) -> Row:
         "state": row.get("note") or state,
         "s": row.get("seconds"),
         "tokens/s": round(speed) if speed and not row.get("memory_only") else None,
-        "loss": row.get("loss"),
-        "norm": row.get("norm"),
         "peak GiB": row.get("peak_gib"),
-        "host GiB a process": row.get("host_pinned_gib"),
+        "host GiB": row.get("host_pinned_gib"),
+        "loss": (row.get("losses") or [None])[-1],
+        "gradient norm": (row.get("norms") or [None])[-1],
     }
 
 

@@ -17,7 +17,7 @@ from decoder_anchors import MissingError
 from decoder_model import NUM_LAYERS, SHAPES, Budget, attempt, free
 from end_to_end_memory import LADDER, Memory, Search, placed, probe, saved, steer
 from end_to_end_row import Kept, Row, gib, process_age_s, write_row
-from end_to_end_step import GIB, LR, Card, Taken, Training
+from end_to_end_step import GIB, LR, Card, Taken, Training, finite
 from transformers import LlamaConfig
 
 from longseq.launch.flops import ModelShape, model_flops
@@ -49,7 +49,7 @@ class Worker(Kept):
             "layers": self.num_layers,
             "optimizer": "APOLLO-Mini in backward" if self.rung.mini else "AdamW",
             "allocator": os.environ.get("PYTORCH_ALLOC_CONF"),
-            "environment": report.environment(),
+            "environment": self.checked(report.environment()),
         }
         self.is_warm = False
         self.seen: dict[int, float] = {}
@@ -145,7 +145,7 @@ class Worker(Kept):
         free()
         self.training.warm_up(tokens)
         free()
-        taken = [self.training.step(tokens) for _ in range(repeats)]
+        taken = [finite(self.training.step(tokens)) for _ in range(repeats)]
         seconds = statistics.median(step.seconds for step in taken)
         self.see(tokens, max(step.seconds for step in taken))
         last = taken[-1]
@@ -219,7 +219,10 @@ class Worker(Kept):
                 break
             row = self.tried(tokens, probes)
             search.took(row)
-            if not self.rung.on_host:
+            if self.rung.on_host:
+                self.memory.add_steered(row)
+                self.row["points"] = self.memory.points
+            else:
                 self.add_point(row)
             found |= {"tokens": search.fits, "fails_tokens": search.fails, "why": search.why}
             self.write()
@@ -284,7 +287,7 @@ class Worker(Kept):
             return False
         self.memory.spare_share = longest.get("spare_share", self.memory.spare_share)
         steer(self.training.ready.chooser, self.memory, on_host=self.rung.on_host)
-        found = attempt(lambda: vars(self.after_warm_up(tokens)))
+        found = attempt(lambda: vars(finite(self.after_warm_up(tokens))))
         self.row["trained"] = {"tokens": tokens} | found
         if "note" in found:
             self.training.recover()

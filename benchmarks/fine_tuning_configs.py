@@ -1,4 +1,4 @@
-"""The two configs of `fine_tuning.py`, as a user would write them."""
+"""The configs of `fine_tuning.py`, as a user would write them."""
 
 from __future__ import annotations
 
@@ -15,29 +15,38 @@ def write_yaml(path: Path, config: Row) -> None:
     path.write_text(yaml.safe_dump(config, sort_keys=False, default_flow_style=None, width=110))
 
 
+def copy_config(shape: Shape) -> Row:
+    """A run from random weights, on documents to learn copying on."""
+    model = {
+        "config": {
+            "model_type": "llama",
+            "vocab_size": shape.vocab_size,
+            "hidden_size": shape.hidden_size,
+            "intermediate_size": shape.intermediate_size,
+            "num_hidden_layers": shape.layers,
+            "num_attention_heads": shape.heads,
+            "num_key_value_heads": shape.heads,
+            "head_dim": shape.head_dim,
+            "max_position_embeddings": shape.long_length,
+            "rope_parameters": rope(shape.rope_theta[0]),
+            "initializer_range": shape.initializer_range,
+            "tie_word_embeddings": True,
+            **{"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2},
+        }
+    }
+    return {"model": model, **at_short_length(shape, "copy", shape.copy_steps)}
+
+
 def short_config(shape: Shape) -> Row:
-    """A run from random weights."""
+    """The run that goes on from it, on text."""
+    return {"model": {"name": "copy-model"}, **at_short_length(shape, "short", shape.short_steps)}
+
+
+def at_short_length(shape: Shape, run: str, steps: int) -> Row:
+    """All but the model."""
+    data = {"source": f"{run}.jsonl", "tokenizer": "tokenizer", "eval_fraction": 0, "cache_dir": "cache"}
     return {
-        "model": {
-            "config": {
-                "model_type": "llama",
-                "vocab_size": shape.vocab_size,
-                "hidden_size": shape.hidden_size,
-                "intermediate_size": shape.intermediate_size,
-                "num_hidden_layers": shape.layers,
-                "num_attention_heads": shape.heads,
-                "num_key_value_heads": shape.heads,
-                "head_dim": shape.head_dim,
-                "max_position_embeddings": shape.long_length,
-                "rope_parameters": rope(shape.rope_theta[0]),
-                "initializer_range": shape.initializer_range,
-                "tie_word_embeddings": True,
-                **{"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2},
-            }
-        },
-        "data": {
-            **{"source": "short.jsonl", "tokenizer": "tokenizer", "eval_fraction": 0, "cache_dir": "cache"},
-        },
+        "data": data,
         # Everything is kept, nothing is computed twice: it is short, and is to be fast.
         "sequence": {
             **{"length": shape.short_length, "mini_sequence": False, "checkpoints": "none", "loss": "cce"},
@@ -46,13 +55,13 @@ def short_config(shape: Shape) -> Row:
         "optimizer": {"lr": shape.short_lr, "weight_decay": 0.1},
         "schedule": {"warmup_steps": shape.short_warmup},
         "train": {
-            "steps": shape.short_steps,
+            "steps": steps,
             "global_batch_sequences": shape.short_batch,
             "micro_batch_sequences": shape.short_batch,
             "precision": shape.precision,
         },
-        "checkpoint": {"every": max(1, shape.short_steps // 4), "at_first_step": False},
-        "log": {"run_dir": "runs/short", "tensorboard": False},
+        "checkpoint": {"every": max(1, steps // 4), "at_first_step": False},
+        "log": {"run_dir": f"runs/{run}", "tensorboard": False},
     }
 
 

@@ -4,8 +4,8 @@ python benchmarks/fine_tuning_corpus.py --work DIR [--shape tiny]
 
 A document is a run of a package's files (source and documentation) in the order of their paths, each below
 a heading with its path. Copies of a file count once; whole packages are held out. The same text is cut into
-short documents for the first stage, of several kinds, and into long ones for the second; they fill sequences
-to the token. The short ones are written as tokens, which are read at once; the long ones as text.
+short documents for the base model, of several kinds, and into long ones for its fine-tuning; they fill
+sequences to the token. The short ones are written as tokens, which are read at once; the long ones as text.
 
 All of them have notes that are asked for later in the same document (`fine_tuning_notes.py`). The text of the
 probes is that of the held-out documents with other notes. The tokenizer never joins two lines, so that a
@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -32,6 +33,7 @@ from fine_tuning_text import BOS, Lines, read_packages, save_tokenizer, split_li
 from tokenizers import Tokenizer
 
 PART_CHARACTERS = 3_000_000  # of a package that one process cuts at once
+MORE = 3  # times the copying documents that a part's share would be: not all parts may be needed
 IN_PROCESS_CHARACTERS = 30_000_000  # less is not worth starting processes
 TAIL_TOKENS_AN_ASK = 40  # of a probe's end, where its notes are asked
 Row = dict[str, Any]
@@ -44,6 +46,7 @@ class Part(NamedTuple):
     texts: list[str]
     shape: Shape
     tokenizer_json: str
+    copy_documents: int
 
 
 class Written(NamedTuple):
@@ -64,6 +67,7 @@ class Cut(NamedTuple):
     """The documents of a part."""
 
     tokens: int
+    copy: list[Written]
     short: list[Written]
     long: list[Written]
 
@@ -94,32 +98,37 @@ def choose_heldout(
     return chosen
 
 
-def parts_of(name: str, texts: Sequence[str], shape: Shape, tokenizer: Tokenizer) -> Iterator[Part]:
+def parts_of(
+    name: str, texts: Sequence[str], shape: Shape, tokenizer: Tokenizer, characters_in_all: int
+) -> Iterator[Part]:
     """A package in parts that take a process some seconds."""
     as_json = tokenizer.to_str()
+    wanted = shape.copy_tokens / shape.copy_kind.tokens / characters_in_all
     some: list[str] = []
     number = characters = 0
     for text in texts:
         some.append(text)
         characters += len(text)
         if characters > PART_CHARACTERS:
-            yield Part(f"{name}-{number}", some, shape, as_json)
+            yield Part(f"{name}-{number}", some, shape, as_json, math.ceil(MORE * wanted * characters))
             number, some, characters = number + 1, [], 0
-    yield Part(f"{name}-{number}", some, shape, as_json)
+    yield Part(f"{name}-{number}", some, shape, as_json, math.ceil(MORE * wanted * characters))
 
 
 def cut(part: Part) -> Cut:
-    """Documents of both stages out of a part."""
+    """Documents of all runs out of a part."""
     tokenizer, shape = Tokenizer.from_str(part.tokenizer_json), part.shape
     lines = split_lines(tokenizer, part.texts)
-    short, long = (
-        [
-            Written.of(document, column)
-            for document in documents(lines, kinds, Notes(tokenizer, shape.words, f"{part.name} {column}"))
-        ]
-        for kinds, column in ((shape.short_kinds, "input_ids"), ((shape.long_kind,), "text"))
+    runs = (
+        ("copy", (shape.copy_kind,), "input_ids", part.copy_documents),
+        ("short", shape.short_kinds, "input_ids", None),
+        ("long", (shape.long_kind,), "text", None),
     )
-    return Cut(sum(map(len, lines.ids)), short, long)
+    found = {}
+    for run, kinds, column, most in runs:
+        made = documents(lines, kinds, Notes(tokenizer, shape.words, f"{part.name} {run}"))
+        found[run] = [Written.of(document, column) for document in itertools.islice(made, most)]
+    return Cut(sum(map(len, lines.ids)), **found)
 
 
 def cut_all(parts: Sequence[Part]) -> Iterator[Cut]:
@@ -174,17 +183,18 @@ def by_content(some: Iterable[Written]) -> list[Written]:
 
 
 def write_training(parts: Sequence[Part], work: Path, shape: Shape) -> Row:
-    """`short.jsonl` and `long.jsonl`: as much of either as is wanted, out of parts of all packages."""
-    short, long = Writer(work / "short.jsonl"), Writer(work / "long.jsonl")
+    """`copy.jsonl`, `short.jsonl` and `long.jsonl`: as much of either as is wanted, out of parts of all packages."""
+    copy, short, long = (Writer(work / f"{run}.jsonl") for run in ("copy", "short", "long"))
     longs, tokens = [], 0
     for found in cut_all(sorted(parts, key=lambda part: hashlib.sha256(part.name.encode()).digest())):
+        copy.add(found.copy, shape.copy_tokens)
         short.add(found.short, shape.short_tokens)
         longs += found.long
         tokens += found.tokens
         if short.total >= shape.short_tokens and len(longs) >= shape.train_documents:
             break
     long.add(by_content(longs)[: shape.train_documents])
-    return {"train_tokens": tokens, "short": short.end(), "long": long.end()}
+    return {"train_tokens": tokens, "copy": copy.end(), "short": short.end(), "long": long.end()}
 
 
 def write_heldout(shape: Shape, work: Path, tokenizer: Tokenizer, heldout: dict[str, Lines]) -> Row:
@@ -260,7 +270,7 @@ def build(shape: Shape, work: Path) -> Row:
         part
         for name, some in texts.items()
         if name not in heldout
-        for part in parts_of(name, some, shape, tokenizer)
+        for part in parts_of(name, some, shape, tokenizer, characters)
     ]
     facts = {
         "packages": len(texts),

@@ -23,13 +23,13 @@ download where this runs. The text is source code and documentation of installed
 with random codes were planted in all of it**, and asked for later in the same document, in both stages:
 they are what shows whether training at full length teaches a small model to look far back in a few dozen
 steps. A note is a line of made-up words, drawn anew for each document, so that seeing a document twice
-tells nothing of others; some of the short documents are little else than one note again and
-again, from which copying is learned. Held-out documents are of other packages; the probe asks what they
-noted so many tokens before. A code of 4 words is found if each word is the likeliest token, given those
-before it. The control is the same document without its notes; guessing among all the words costs the
-logarithm of their number (the table says how many there are). The second stage raises the base of the
-rotary embedding, as is usual; the same is shown without the training, too. Commands were typed as shown, in
-the folder of the files."""
+tells nothing of others. The base model is first trained on documents that are little else than one note
+four times over, from which copying is learned, then on text. Held-out documents are of other packages; the
+probe asks what they noted so many tokens before. A code of 4 words is found if each word is the likeliest
+token, given those before it. The control is the same document without its notes; guessing among all the
+words costs the logarithm of their number (the table says how many there are). The second stage raises the
+base of the rotary embedding, as is usual; the same is shown without the training, too. Commands were typed
+as shown, in the folder of the files."""
 Row = dict[str, Any]
 
 
@@ -100,7 +100,7 @@ def _command_row(row: Row) -> Row:
 
 def _run_rows(story: Row) -> list[Row]:
     rows = []
-    for stage in ("short", "long"):
+    for stage in ("copy", "short", "long"):
         if (run := story.get(stage)) is None:
             continue
         rows.append(
@@ -133,7 +133,7 @@ def _corpus_rows(story: Row) -> list[Row]:
     words = corpus["made_up_words"]
     return [
         {"documents of": part, **corpus[part], "words of notes": words, "guessing, nats": math.log(words)}
-        for part in ("short", "long", "heldout")
+        for part in ("copy", "short", "long", "heldout")
     ]
 
 

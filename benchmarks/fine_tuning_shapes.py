@@ -33,10 +33,10 @@ class Shape:
     Attributes:
         vocab_size: Of the tokenizer; `words` of these tokens are words of the notes alone.
         max_text_mb: Of the installed packages' text, in the order of their names.
-        short_kinds: The first stage's documents. Copying is learned on the first ones, short and little else
-            than one long note four times over; where notes are many and few tokens can be copied, it is not.
-            The others teach it among text, and at all distances.
-        short_tokens: Of the first stage's documents, about; more steps than these fill see them again.
+        copy_kind: The first run's documents. Copying is learned on them: they are short and little else than one
+            long note four times over; where notes are many, and few tokens can be copied, it comes late.
+        copy_tokens: Of these documents, about; more steps than they fill see them again.
+        short_kinds: The documents of the run that goes on from it, which learns text, and to copy in it.
         train_documents: Long ones, at most.
         heldout_documents: Of which the loss is told; each is a text of the probe, too.
         distances: From a note's code to where it is asked.
@@ -56,6 +56,9 @@ class Shape:
     initializer_range: float
     words: int
     short_length: int
+    copy_kind: Kind
+    copy_tokens: int
+    copy_steps: int
     short_kinds: tuple[Kind, ...]
     short_tokens: int
     short_batch: int
@@ -96,8 +99,11 @@ SHAPES = {
         initializer_range=0.02,
         words=2048,
         short_length=4096,
+        copy_kind=Kind(1, 128, notes=1, words=16, asks=3),
+        copy_tokens=10_000_000,
+        copy_steps=600,
         short_kinds=(
-            Kind(48, 128, notes=1, words=16, asks=3),
+            Kind(16, 128, notes=1, words=16, asks=3),
             Kind(8, 256, notes=4, words=CODE_WORDS, asks=2),
             Kind(1, 4096, notes=48, words=CODE_WORDS, asks=1),
         ),
@@ -133,6 +139,9 @@ SHAPES = {
         initializer_range=0.08,
         words=128,
         short_length=256,
+        copy_kind=Kind(1, 128, notes=1, words=16, asks=3),
+        copy_tokens=20_000,
+        copy_steps=4,
         short_kinds=(
             Kind(2, 128, notes=1, words=16, asks=3),
             Kind(1, 256, notes=4, words=CODE_WORDS, asks=1),

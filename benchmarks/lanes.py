@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import signal
 import subprocess
 import threading
 import time
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from pathlib import Path
+from types import FrameType
 from typing import Any, Protocol
 
 GRACE = 2.5
@@ -73,6 +76,8 @@ class Lanes(ABC):
         self.deadline = None if deadline_s is None else time.monotonic() + deadline_s
         self.lock = threading.Lock()
         self.waiting: list[Any] = []
+        self.running: list[subprocess.Popen] = []
+        self.is_over = False
 
     @abstractmethod
     def words(self, setting: Any) -> list[str]:
@@ -83,15 +88,37 @@ class Lanes(ABC):
         """What a setting found, in a line."""
 
     def run(self, settings: list[Any]) -> None:
-        """All of them: those of several GPUs one after the other, then those of one, side by side."""
-        for setting in [one for one in settings if one.gpus > 1]:
-            self.start(setting, None)
+        """All of them: those of several GPUs one after the other, then those of one, side by side.
+
+        A signal that ends this process (`timeout` sends one) ends what it has started first: each is in a
+        session of its own, and would go on holding its GPU.
+        """
         # The longest first: what is left for the end is short, and lanes end together.
         self.waiting = sorted((one for one in settings if one.gpus == 1), key=lambda one: -one.about_s)
         threads = [threading.Thread(target=self.lane, args=(number,)) for number in range(self.lanes)]
-        for thread in threads:
+        with signals_raised():
+            try:
+                for setting in [one for one in settings if one.gpus > 1]:
+                    self.start(setting, None)
+                for thread in threads:
+                    thread.start()
+                for thread in threads:
+                    thread.join()
+            finally:
+                self.end()
+                for thread in threads:
+                    if thread.ident is not None:
+                        thread.join()
+
+    def end(self) -> None:
+        """Stop what still runs, all at once, and start nothing more."""
+        with self.lock:
+            self.is_over = True
+            running = list(self.running)
+        stops = [threading.Thread(target=self.stop, args=(process,)) for process in running]
+        for thread in stops:
             thread.start()
-        for thread in threads:
+        for thread in stops:
             thread.join()
 
     def lane(self, number: int) -> None:
@@ -102,7 +129,7 @@ class Lanes(ABC):
     def next(self) -> Any:
         """The longest that can be over in time; those that cannot stay where they are."""
         with self.lock:
-            for setting in self.waiting:
+            for setting in self.waiting if not self.is_over else ():
                 if self.has_time(setting):
                     self.waiting.remove(setting)
                     return setting
@@ -125,7 +152,9 @@ class Lanes(ABC):
         if (left_s := self.left_s()) is not None:
             limit_s = min(limit_s, left_s)
         started = time.monotonic()
-        with (self.out / f"{setting.name}.log").open("w") as log:
+        with (self.out / f"{setting.name}.log").open("w") as log, self.lock:
+            if self.is_over:
+                return
             process = subprocess.Popen(
                 self.words(setting),
                 env=self.environment(setting, lane),
@@ -133,11 +162,14 @@ class Lanes(ABC):
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
-            try:
-                status = process.wait(limit_s)
-            except subprocess.TimeoutExpired:
-                status = "stopped"
-                self.stop(process)
+            self.running.append(process)
+        try:
+            status: int | str = process.wait(limit_s)
+        except subprocess.TimeoutExpired:
+            status = "stopped"
+            self.stop(process)
+        with self.lock:  # of a signal it stays in the list, for `end`
+            self.running.remove(process)
         print(f"{setting.name}: {time.monotonic() - started:.0f} s, {self.told(setting, status)}", flush=True)
 
     def environment(self, setting: Any, lane: int | None) -> dict[str, str]:
@@ -154,14 +186,32 @@ class Lanes(ABC):
     def stop(self, process: subprocess.Popen) -> None:
         """It and what it started."""
         for number in (signal.SIGTERM, signal.SIGKILL):
-            os.killpg(process.pid, number)
-            try:
+            with contextlib.suppress(ProcessLookupError):  # another thread has seen its end
+                os.killpg(process.pid, number)
+            with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(KILL_AFTER_S)
                 return
-            except subprocess.TimeoutExpired:
-                continue
 
     def last_lines(self, setting: Any, status: int | str, note: str) -> str:
         """Of a failure's log."""
         last = (self.out / f"{setting.name}.log").read_text().strip().splitlines()[-6:]
         return "\n  ".join([f"status {status}: {note}", *last])
+
+
+@contextlib.contextmanager
+def signals_raised() -> Iterator[None]:
+    """SIGTERM, and SIGHUP unless `nohup` has it ignored, are exceptions of the main thread, as Ctrl-C is."""
+
+    def leave(number: int, _: FrameType | None) -> None:
+        raise SystemExit(128 + number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    numbers = [one for one in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(one) is not signal.SIG_IGN]
+    earlier = {number: signal.signal(number, leave) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in earlier.items():
+            signal.signal(number, handler)

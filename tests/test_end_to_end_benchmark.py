@@ -6,8 +6,10 @@ import argparse
 import functools
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -200,12 +202,13 @@ class MadeUp:
     ) -> None:
         self.memory_module = bench["end_to_end_memory"]
         self.total, self.base, self.slope = gib * GIB, base_gib * GIB, kib * 1024
+        self.least = 0.0
         card = SimpleNamespace(room_bytes=lambda: self.total)
         self.memory = self.memory_module.Memory(card, 115 * GIB, 32, 8192, **options)
         self.tried: list[int] = []
 
     def peak(self, tokens: int) -> float:
-        return self.base + self.slope * tokens
+        return max(self.least, self.base + self.slope * tokens)
 
     def row(self, tokens: int) -> Row:
         self.tried.append(tokens)
@@ -237,8 +240,49 @@ def test_the_search_ends_between_what_fits_and_what_does_not(
     truth = (made_up.total - made_up.base) / made_up.slope
     assert search.fits <= truth < search.fails
     assert search.fails - search.fits <= max(4096, 0.031 * search.fits)
-    assert all(tokens % (4096 if tokens >= 32768 else 512) == 0 for tokens in made_up.tried)
-    assert len(made_up.tried) <= 6
+    grain = made_up.memory_module.grain
+    assert all(tokens % grain(tokens) == 0 for tokens in made_up.tried)
+    assert len(made_up.tried) <= 7
+
+
+@pytest.mark.parametrize(
+    ("base_gib", "kib", "lengths"),
+    [(46, 517, [4096, 16384, 65536]), (46, 337, [4096, 16384, 65536]), (45, 1792, [4096, 16384])],
+)
+def test_the_search_is_close_where_short_lengths_have_the_optimizers_peak(
+    bench: dict[str, ModuleType], base_gib: float, kib: float, lengths: list[int]
+) -> None:
+    made_up = MadeUp(bench, gib=139, base_gib=base_gib, kib=kib)
+    made_up.least = 61 * GIB
+    search = made_up.search(lengths, tries=12)
+    truth = (made_up.total - made_up.base) / made_up.slope
+    assert search.fits <= truth < search.fails
+    assert search.fails - search.fits <= 0.031 * search.fits
+    assert len(made_up.tried) - len(lengths) <= 6
+
+
+def test_what_fits_nearly_all_the_room_is_followed_by_a_step_above(bench: dict[str, ModuleType]) -> None:
+    made_up = MadeUp(bench, gib=139, base_gib=46, kib=337)
+    made_up.memory.points = {tokens: made_up.peak(tokens) for tokens in (266240, 282624)}
+    search = made_up.memory_module.Search(made_up.memory, 6)
+    search.took({"tokens": 282624})
+    search.took({"tokens": 499712, "note": "out of memory"})  # of an earlier guess, far too long
+    assert search.next() == 290816
+    search.took({"tokens": 290816, "note": "out of memory"})
+    assert search.next() is None
+
+
+def test_a_probe_placed_by_room_adds_what_the_rungs_own_placement_takes(
+    bench: dict[str, ModuleType],
+) -> None:
+    made_up = MadeUp(bench, gib=139, base_gib=18, kib=50, on_host=True)
+    made_up.memory.points = {tokens: made_up.peak(tokens) for tokens in (16384, 65536)}
+    assert made_up.memory.guess(65536) == 4 * 65536
+    tokens, inputs = 262144, {"gpu": 7, "host": 20, "rebuild": 5}
+    peak = made_up.peak(tokens) + 6 * tokens * 8192
+    made_up.memory.add_steered({"tokens": tokens, "peak_bytes": peak, "inputs": inputs})
+    assert made_up.memory.points[tokens] == made_up.peak(tokens)
+    assert made_up.memory.guess(262144) > 4 * 262144
 
 
 def test_the_search_goes_down_from_a_guess_that_was_too_long(bench: dict[str, ModuleType]) -> None:
@@ -257,6 +301,7 @@ def test_the_search_goes_down_from_a_guess_that_was_too_long(bench: dict[str, Mo
 def test_inputs_on_the_host_end_where_no_placement_is_left(bench: dict[str, ModuleType]) -> None:
     made_up = MadeUp(bench, gib=139, base_gib=18, kib=50, on_host=True)
     made_up.memory.points = {tokens: made_up.peak(tokens) for tokens in (65536, 131072)}
+    made_up.memory.knows_a_probe = True
     longest = made_up.memory.guess(131072)
     assert 115 * GIB / (31 * 8192) < longest < (139 - 18) * GIB / (50 * 1024)
     # Beyond what the host takes more of the room on the GPU is for inputs, or they are rebuilt.
@@ -269,6 +314,7 @@ def test_inputs_on_the_host_end_where_no_placement_is_left(bench: dict[str, Modu
 def test_room_that_inputs_would_fill_again_is_given_up(bench: dict[str, ModuleType]) -> None:
     made_up = MadeUp(bench, gib=139, base_gib=18, kib=50, on_host=True)
     made_up.memory.points = {tokens: made_up.peak(tokens) for tokens in (65536, 131072)}
+    made_up.memory.knows_a_probe = True
     search = made_up.memory_module.Search(made_up.memory, 6)
     search.took({"tokens": 131072})
     before, longest = made_up.memory.room_for_inputs(10**6), search.next()
@@ -447,6 +493,57 @@ def test_a_setting_is_begun_if_its_first_numbers_have_time(
     assert parsed.lengths == [32, 64]
 
 
+# A manager and its settings, each a process of Python alone.
+@pytest.mark.parametrize("gpus", [1, 2])
+def test_a_manager_that_is_ended_ends_its_settings(tmp_path: Path, gpus: int) -> None:
+    script = f"""
+import sys, types
+from pathlib import Path
+sys.path.insert(0, {str(BENCHMARKS)!r})
+import lanes
+
+class Manager(lanes.Lanes):
+    def words(self, setting):
+        return [sys.executable, "-c", "import os, time; print(os.getpid(), flush=True); time.sleep(99)"]
+    def told(self, setting, status):
+        return f"status {{status}}"
+
+settings = [types.SimpleNamespace(name=name, gpus={gpus}, about_s=99.0) for name in ("one", "two", "three")]
+Manager(Path({str(tmp_path)!r}), 2, None).run(settings)
+"""
+    manager = subprocess.Popen([sys.executable, "-c", script])
+    logs = [tmp_path / f"{name}.log" for name in ("one", "two")[: 3 - gpus]]
+    until = time.monotonic() + 60
+    while not all(log.exists() and log.read_text().endswith("\n") for log in logs):
+        assert time.monotonic() < until
+        time.sleep(0.05)
+    manager.terminate()
+    assert manager.wait(30) == 128 + signal.SIGTERM
+    for log in logs:
+        with pytest.raises(ProcessLookupError):
+            os.kill(int(log.read_text()), 0)
+    assert not (tmp_path / "three.log").exists()
+
+
+def test_rows_of_two_machines_are_no_table(bench: dict[str, ModuleType], tmp_path: Path) -> None:
+    other = {"date": "2026-01-02", "device": "NVIDIA H100", "versions": {"torch": "2"}}
+    rows = [made_up_row("plain", "one"), made_up_row("mst", "other", environment=other)]
+    for row in rows:
+        (tmp_path / f"{row['name']}.json").write_text(json.dumps(row))
+    with pytest.raises(SystemExit, match="mst has device=NVIDIA H100, and plain device=NVIDIA H200"):
+        bench["end_to_end_table"].collect([tmp_path], [], None)
+    with pytest.raises(SystemExit, match=r"is of device=NVIDIA H200, and here it is .*--again"):
+        run(bench, "plain", tmp_path, made_up_row("plain", "one"), "--phases", "times")
+
+
+def test_a_step_without_numbers_is_not_trained(bench: dict[str, ModuleType], tmp_path: Path) -> None:
+    nan = SimpleNamespace(loss=float("nan"), norm=1.0)
+    row = {"longest": {"tokens": 160, "state": "memory-verified"}, "done": ["times", "longest"]}
+    row = run(bench, "mini-s", tmp_path, row, after_warm_up=lambda tokens: nan)
+    assert row["trained"]["note"] == "ArithmeticError: loss nan, gradient norm 1.0"
+    assert row["longest"]["state"] == "memory-verified"
+
+
 def made_up_row(name: str, label: str, **changes: Any) -> Row:
     environment = {"date": "2026-01-02", "device": "NVIDIA H200", "versions": {"torch": "2"}}
     row = {"name": name, "label": label, "card_gib": None, "host_gib": 115.0, "shape": "llama-3-8b"}
@@ -485,6 +582,7 @@ def test_the_table_has_speeds_lengths_and_differences(
         (tmp_path / f"{row['name']}.json").write_text(json.dumps(row))
     run_of_bench = {"tokens": 1048576, "gpus": 2, "overrides": ["parallel.ulysses_degree=2"]}
     run_of_bench |= {"config": "llama3.yaml", "seconds": 500.0, "tokens_per_second": 2097.2, "keys": {"a": 1}}
+    run_of_bench |= {"peak_gib": 120.5, "host_pinned_gib": 39.25, "losses": [10.5], "norms": [5.5]}
     (tmp_path / "two.json").write_text(json.dumps(run_of_bench))
     table = bench["end_to_end_table"]
     table.collect([tmp_path], [tmp_path / "two.json"], tmp_path / "out")
@@ -494,14 +592,17 @@ def test_the_table_has_speeds_lengths_and_differences(
     assert (of_groups[0]["compared_to"], of_groups[0]["loss_difference"]) == ("plain", 0.5)
     assert (of_groups[1]["compared_to"], of_groups[1]["loss_difference"]) == ("groups", 0.0)
     assert "keys" not in kept["bench"][0]
-    assert kept["left_out"] == {"liger": "left out: liger-kernel is not installed"}
+    assert kept["left_out"]["liger"] == "left out: liger-kernel is not installed"
+    assert kept["left_out"]["mst"] == "no file"
+    assert "plain" not in kept["left_out"]
     shown = (tmp_path / "out" / "end_to_end.md").read_text()
     assert "| + layer checkpoints | AdamW | 1,235 | out of memory |" in shown
     lengths = "700,416 | 720,896 | {} | 50 | 130 | - | - | 1 gpu, 31 host | -1 MiB"
     assert f"| + 8 groups of heads | AdamW | {lengths.format('memory-verified')}" in shown
     assert f"| + attention saved | AdamW | {lengths.format('that of + 8 groups of heads')}" in shown
     assert "a card of 79.1 GiB, emulated on one NVIDIA H200" in shown
-    assert "| llama3.yaml parallel.ulysses_degree=2 | 2 | 1,048,576 | trained | 500 | 2,097 |" in shown
+    of_bench = "1,048,576 | trained | 500 | 2,097 | 120.5 | 39.25 | 10.5 | 5.5 |"
+    assert f"| llama3.yaml parallel.ulysses_degree=2 | 2 | {of_bench}" in shown
     assert (tmp_path / "out" / "end_to_end.png").stat().st_size > 10_000
     with pytest.raises(SystemExit, match="no measured setting"):
         table.collect([tmp_path / "out"], [], None)

@@ -230,8 +230,10 @@ class Measurement:
         }
 
     def _check(self) -> None:
-        if not math.isfinite(self.row.get("loss", 0.0)):
-            self.row["note"] = f"loss is {self.row['loss']}"
+        for name in ("loss", "norm"):
+            value = self.row.get(name)
+            if value is not None and not math.isfinite(value):
+                self.row["note"] = f"{name} is {value}"
         if self._gpu_limit is not None:
             self._gpu_limit.check(self.watch.reserved_bytes)
             self._gpu_limit.tighten()

@@ -131,7 +131,7 @@ class Report:
                 table.add_row("model TFLOP/s a GPU", f"{tflops:,.1f}", "", "")
             table.add_row("loss", f"{row['losses'][-1]:.4f}", "", "")
             if row["norms"][-1] is not None:
-                table.add_row("gradient norm", f"{row['norms'][-1]:.4g}", "", "")
+                table.add_row("gradient norm, before clipping", f"{row['norms'][-1]:.4g}", "", "")
         add("peak GiB, allocated", found.get("peak_gib"), said.get("peak_gib"))
         add("reserved GiB", found.get("reserved_gib"), None)
         add("GiB of the device, with context", found.get("device_used_gib"), said.get("reserved_gib"))
