@@ -4,8 +4,8 @@ python benchmarks/fine_tuning.py --work DIR --out benchmarks/results --deadline-
 python benchmarks/fine_tuning.py --work DIR --out DIR/results --stages long,probe      # parts of it, later
 python benchmarks/fine_tuning.py --work DIR --out DIR/results --shape tiny             # on a CPU
 
-Stages: `corpus` makes text (`fine_tuning_corpus.py`); `short` trains a small Llama from random weights at
-4,096 tokens; `long` prepares, plans and trains it on at 131,072, is killed after a checkpoint, goes on by the
+Stages: `corpus` makes text (`fine_tuning_corpus.py`); `copy` trains a small Llama from random weights to copy,
+and `short` trains it on with text, both at 4,096 tokens; `long` prepares, plans and trains it on at 131,072, is killed after a checkpoint, goes on by the
 same command, and exports; `probe` asks both models for what stood so many tokens before (`retrieval.py`).
 Each leaves what it found in --work, and the tables in --out are written anew after each command.
 """
@@ -31,12 +31,12 @@ import fine_tuning_results
 import report
 import retrieval
 import torch
-from fine_tuning_configs import long_config, short_config, write_yaml
+from fine_tuning_configs import copy_config, long_config, short_config, write_yaml
 from fine_tuning_shapes import SHAPES, Shape
 
 from longseq.launch.metric_records import read_metrics
 
-STAGES = ("corpus", "short", "long", "probe")
+STAGES = ("corpus", "copy", "short", "long", "probe")
 START_S = 25  # of a command that trains, until its first step: taken off what is left for steps
 PROBE_S = 60  # the same for the export and the probes of both models
 LONG_S = 120  # the same for the second stage, of what the first may take
@@ -58,7 +58,7 @@ class Story:
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.shape: Shape = SHAPES[args.shape]
-        for name in ("short_steps", "short_lr", "long_steps", "long_lr"):
+        for name in ("copy_steps", "short_steps", "short_lr", "long_steps", "long_lr"):
             if (given := getattr(args, name)) is not None:
                 self.shape = replace(self.shape, **{name: given})
         self.work, self.out, self.deadline_s = args.work.resolve(), args.out.resolve(), args.deadline_s
@@ -200,17 +200,16 @@ def corpus(story: Story) -> None:
     story.keep()
 
 
-def short(story: Story, allowed_s: float) -> None:
-    """The base model."""
-    run = story.work / "runs/short"
-    write_yaml(story.work / "short.yaml", short_config(story.shape))
-    story.longseq("prepare", "short.yaml")
+def base(story: Story, allowed_s: float) -> None:
+    """A run at short length, of the stage's name, and its model. One that is cut short is exported as it is."""
+    name = story.stage
+    run, config = story.work / "runs" / name, {"copy": copy_config, "short": short_config}[name]
+    write_yaml(story.work / f"{name}.yaml", config(story.shape))
     is_over = lambda seconds: seconds > allowed_s or story.left_s < LONG_S + PROBE_S  # noqa: E731
-    story.longseq("train", "short.yaml", watch=stop_when(run, is_over))
+    story.longseq("train", f"{name}.yaml", watch=stop_when(run, is_over))
     found = run_facts(run, story.shape.short_length)
-    story.longseq("export", "runs/short", "short-model")
-    parameters = count_parameters(story.work / "short-model")
-    story.facts["short"] = found | {"parameters": parameters}
+    story.longseq("export", f"runs/{name}", f"{name}-model")
+    story.facts[name] = found | {"parameters": count_parameters(story.work / f"{name}-model")}
     story.keep()
 
 
@@ -325,22 +324,23 @@ def count_parameters(folder: Path) -> int:
 
 
 def probe(story: Story) -> None:
-    """What both models find; and the first one with the rotary base of the second, if there is time."""
+    """What both models find; and the first one in the end of the documents, and with the rotary base of the
+    second, if there is time."""
     shape, work = story.shape, story.work
     models = [
-        ("short", "short-model", None),
-        ("long", "long-model", None),
-        ("short-rope", "short-model", shape.rope_theta[1]),
+        ("short", "short-model", None, None),
+        ("short-end", "short-model", None, shape.short_length),
+        ("long", "long-model", None, None),
+        ("short-rope", "short-model", shape.rope_theta[1], None),
     ]
     taken = 0.0
-    for name, folder, theta in models:
+    for name, folder, theta, last_tokens in models:
         if name == "short-rope" and story.left_s < 1.2 * taken:
             print(f"{name}: no time is left for it", flush=True)
             continue
         started = time.perf_counter()
-        retrieval.measure(
-            work / folder, work / "probes.jsonl", work / f"probe-{name}.jsonl", shape.buckets, theta
-        )
+        out = work / f"probe-{name}.jsonl"
+        retrieval.measure(work / folder, work / "probes.jsonl", out, shape.buckets, theta, last_tokens)
         taken = time.perf_counter() - started
         story.keep()
 
@@ -357,10 +357,11 @@ def main(arguments: list[str] | None = None) -> None:
         "--short-s",
         type=float,
         default=200,
-        help="the first stage is stopped after these, from its first step on",
+        help="`copy` and `short` are stopped so long after a first step",
     )
-    for stage in ("short", "long"):
+    for stage in ("copy", "short", "long"):
         options.add_argument(f"--{stage}-steps", type=int, help="in the place of the shape's")
+    for stage in ("short", "long"):
         options.add_argument(f"--{stage}-lr", type=float, help="in the place of the shape's")
     args = options.parse_args(arguments)
     stages = args.stages.split(",")
@@ -373,8 +374,8 @@ def main(arguments: list[str] | None = None) -> None:
         if stage not in stages:
             continue
         story.begin(stage)
-        if stage == "short":
-            short(story, args.short_s)
+        if stage in ("copy", "short"):
+            base(story, args.short_s)
         else:
             {"corpus": corpus, "long": long, "probe": probe}[stage](story)
     fine_tuning_results.write(story.facts, story.work, story.out)

@@ -183,7 +183,7 @@ def by_content(some: Iterable[Written]) -> list[Written]:
 
 
 def write_training(parts: Sequence[Part], work: Path, shape: Shape) -> Row:
-    """`copy.jsonl`, `short.jsonl` and `long.jsonl`: as much of either as is wanted, out of parts of all packages."""
+    """`copy.jsonl`, `short.jsonl` and `long.jsonl`: as much of each as is wanted, of all packages."""
     copy, short, long = (Writer(work / f"{run}.jsonl") for run in ("copy", "short", "long"))
     longs, tokens = [], 0
     for found in cut_all(sorted(parts, key=lambda part: hashlib.sha256(part.name.encode()).digest())):

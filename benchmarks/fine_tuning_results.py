@@ -14,10 +14,11 @@ import retrieval
 
 MODELS = {
     "short": "before: trained at short length",
+    "short-end": "before, shown only as many tokens as it was trained on",
     "short-rope": "before, with the rotary base of the second stage",
     "long": "after: fine-tuned at full length",
 }
-COLORS = {"short": "tab:orange", "short-rope": "0.6", "long": "tab:blue"}
+COLORS = {"short": "tab:orange", "short-end": "tab:green", "short-rope": "0.6", "long": "tab:blue"}
 NOTE = """The base model was made here, from random weights, on short documents; there is nothing to
 download where this runs. The text is source code and documentation of installed Python packages. **Notes
 with random codes were planted in all of it**, and asked for later in the same document, in both stages:

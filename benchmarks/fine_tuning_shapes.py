@@ -33,8 +33,8 @@ class Shape:
     Attributes:
         vocab_size: Of the tokenizer; `words` of these tokens are words of the notes alone.
         max_text_mb: Of the installed packages' text, in the order of their names.
-        copy_kind: The first run's documents. Copying is learned on them: they are short and little else than one
-            long note four times over; where notes are many, and few tokens can be copied, it comes late.
+        copy_kind: The first run's documents. Copying is learned on them: they are short and little else than
+            one long note four times over; where notes are many, and few tokens can be copied, it comes late.
         copy_tokens: Of these documents, about; more steps than they fill see them again.
         short_kinds: The documents of the run that goes on from it, which learns text, and to copy in it.
         train_documents: Long ones, at most.

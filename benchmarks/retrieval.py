@@ -134,11 +134,32 @@ def by_position(rows: Sequence[Row]) -> list[Row]:
     return found
 
 
+def end_of(probe: Row, tokens: int) -> Row:
+    """The last so many tokens of a document, behind its first: asks that are farther have no note in it."""
+    return {**probe, **{part: [probe[part][0], *probe[part][1 - tokens :]] for part in ("ids", "control")}}
+
+
 def measure(
-    folder: Path, probes: Path, out: Path, ends: Sequence[int], rope_theta: float | None = None
+    folder: Path,
+    probes: Path,
+    out: Path,
+    ends: Sequence[int],
+    rope_theta: float | None = None,
+    last_tokens: int | None = None,
 ) -> list[Row]:
-    """Score a model; each document's row is written as soon as it is there."""
+    """Score a model; each document's row is written as soon as it is there.
+
+    Args:
+        folder: Of the model.
+        probes: File of the documents.
+        out: File of the rows.
+        ends: Of the ranges of positions whose loss is told.
+        rope_theta: In the place of the model's own.
+        last_tokens: The model is shown these alone of each document.
+    """
     read = [json.loads(line) for line in probes.read_text().splitlines()]
+    if last_tokens is not None:
+        read = [end_of(probe, last_tokens) for probe in read]
     if out.exists() and out.read_text().count("\n") == len(read):
         print(f"{out.name}: kept", flush=True)
         return [json.loads(line) for line in out.read_text().splitlines()]
@@ -163,8 +184,9 @@ def main(arguments: list[str] | None = None) -> None:
     options.add_argument("--out", type=Path, required=True, help="JSONL, a row a document")
     options.add_argument("--ends", type=int, nargs="+", default=[4096, 16384, 65536, 131072])
     options.add_argument("--rope-theta", type=float, help="in the place of the model's own")
+    options.add_argument("--last-tokens", type=int, help="show the model these alone of each document")
     args = options.parse_args(arguments)
-    rows = measure(args.model, args.probes, args.out, args.ends, args.rope_theta)
+    rows = measure(args.model, args.probes, args.out, args.ends, args.rope_theta, args.last_tokens)
     for row in (*by_distance(rows), *by_position(rows)):
         print(json.dumps(row))
 

@@ -16,7 +16,7 @@ NAMES = (
     *("report", "retrieval", "fine_tuning_shapes", "fine_tuning_text", "fine_tuning_notes"),
     *("fine_tuning_configs", "fine_tuning_corpus", "fine_tuning_results", "fine_tuning"),
 )
-FILES = ("short.jsonl", "long.jsonl", "heldout.jsonl", "probes.jsonl")
+FILES = ("copy.jsonl", "short.jsonl", "long.jsonl", "heldout.jsonl", "probes.jsonl")
 
 
 @pytest.fixture
@@ -71,7 +71,11 @@ def test_corpus_is_the_same_each_time_and_notes_are_asked(bench, tmp_path: Path)
     kinds = {(kind.notes, kind.words, kind.asks) for kind in shape.short_kinds}
     assert len(kinds) > 1
     long = {(shape.long_notes, 4, 1)}
-    for part, wanted, length in (("short", kinds, 256), ("long", long, 1024), ("heldout", long, 1024)):
+    parts = (
+        *(("copy", {shape.copy_kind[2:]}, 128), ("short", kinds, 256)),
+        *(("long", long, 1024), ("heldout", long, 1024)),
+    )
+    for part, wanted, length in parts:
         found = documents_of(tmp_path / "one" / f"{part}.jsonl")
         assert len(found) == facts[part]["documents"]
         assert {planted(text) for text in found} == wanted
@@ -168,7 +172,7 @@ def test_a_line_that_no_document_has_room_for_is_left_out(bench) -> None:
 def test_kinds_have_room_for_their_notes(bench) -> None:
     """With some left for text: a line of it that has no room is lost."""
     for shape in bench["fine_tuning_shapes"].SHAPES.values():
-        for kind in (*shape.short_kinds, shape.long_kind):
+        for kind in (shape.copy_kind, *shape.short_kinds, shape.long_kind):
             planted = kind.notes * (1 + kind.asks) * (kind.words + 6)
             assert planted < 0.85 * kind.tokens
             assert kind.notes * (kind.words + 1) <= shape.words
@@ -229,6 +233,15 @@ def test_a_model_that_copies_from_near_finds_what_is_near(bench) -> None:
     # The right tokens, at 0, against a wrong one at 20.
     assert far["loss"] == pytest.approx(20, abs=1e-2)
     assert far["control_loss"] == pytest.approx(20, abs=1e-2)
+
+
+def test_the_end_of_a_document_has_the_near_notes_alone(bench) -> None:
+    retrieval, probe = bench["retrieval"], drawn_probe([60, 200])
+    end = retrieval.end_of(probe, 128)
+    assert len(end["ids"]) == len(end["control"]) == 128
+    assert (end["ids"][0], end["ids"][1:]) == (probe["ids"][0], probe["ids"][-127:])
+    near, far = retrieval.by_distance(list(retrieval.score(Copier(1000, 500, 20.0), [end], [4096])))
+    assert (near["found"], far["found"]) == (1, 0)
 
 
 def test_a_code_is_found_if_all_its_digits_are(bench) -> None:
@@ -321,7 +334,7 @@ def test_time_counts_from_the_first_step(bench, tmp_path: Path, monkeypatch: pyt
 def story(bench, tmp_path: Path):
     """Whose commands are Python's own, in the place of `longseq`'s."""
     args = {"shape": "tiny", "work": tmp_path / "work", "out": tmp_path / "out", "deadline_s": 60}
-    steps = dict.fromkeys(("short_steps", "short_lr", "long_steps", "long_lr"))
+    steps = dict.fromkeys(("copy_steps", "short_steps", "short_lr", "long_steps", "long_lr"))
     return bench["fine_tuning"].Story(SimpleNamespace(**args, **steps))
 
 
@@ -365,13 +378,14 @@ def test_configs_are_valid_and_the_second_goes_on_from_the_first(bench, tmp_path
     for shape in bench["fine_tuning_shapes"].SHAPES.values():
         found: list[RunConfig] = []
         for name, config in (
+            ("copy", fine_tuning.copy_config(shape)),
             ("short", fine_tuning.short_config(shape)),
             ("long", fine_tuning.long_config(shape)),
         ):
             fine_tuning.write_yaml(tmp_path / f"{name}.yaml", config)
             found.append(load_config(str(tmp_path / f"{name}.yaml")))
-        assert found[0].model.config["max_position_embeddings"] >= found[1].sequence.length
-        assert found[1].model.name == "short-model"
+        assert found[0].model.config["max_position_embeddings"] >= found[2].sequence.length
+        assert [config.model.name for config in found[1:]] == ["copy-model", "short-model"]
         assert max(shape.distances) + 1000 * (shape.long_length > 2000) < shape.long_length
         # The kill comes behind the first checkpoint and before the last step.
         assert shape.checkpoint_every + shape.kill_after < 2 * shape.checkpoint_every <= shape.long_steps
