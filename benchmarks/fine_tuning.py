@@ -4,10 +4,11 @@ python benchmarks/fine_tuning.py --work DIR --out benchmarks/results --deadline-
 python benchmarks/fine_tuning.py --work DIR --out DIR/results --stages long,probe      # parts of it, later
 python benchmarks/fine_tuning.py --work DIR --out DIR/results --shape tiny             # on a CPU
 
-Stages: `corpus` makes text (`fine_tuning_corpus.py`); `copy` trains a small Llama from random weights to copy,
-and `short` trains it on with text, both at 4,096 tokens; `long` prepares, plans and trains it on at 131,072, is killed after a checkpoint, goes on by the
-same command, and exports; `probe` asks both models for what stood so many tokens before (`retrieval.py`).
-Each leaves what it found in --work, and the tables in --out are written anew after each command.
+Stages: `corpus` makes text (`fine_tuning_corpus.py`); `copy` trains a small Llama from random weights to
+copy, and `short` trains it on with text, both at 4,096 tokens; `long` prepares, plans and trains it on at
+131,072, is killed after a checkpoint, goes on by the same command, and exports; `probe` asks both models for
+what stood so many tokens before (`retrieval.py`). Each leaves what it found in --work, and the tables in
+--out are written anew after each command.
 """
 
 from __future__ import annotations
@@ -201,7 +202,7 @@ def corpus(story: Story) -> None:
 
 
 def base(story: Story, allowed_s: float) -> None:
-    """A run at short length, of the stage's name, and its model. One that is cut short is exported as it is."""
+    """The stage's run at short length and its model; one that is cut short is exported as it is."""
     name = story.stage
     run, config = story.work / "runs" / name, {"copy": copy_config, "short": short_config}[name]
     write_yaml(story.work / f"{name}.yaml", config(story.shape))
