@@ -29,7 +29,15 @@ from typing import Any, NamedTuple
 
 from fine_tuning_notes import ASK, NOTE, Document, Notes, documents, plant
 from fine_tuning_shapes import CODE_WORDS, SHAPES, Shape
-from fine_tuning_text import BOS, Lines, read_packages, save_tokenizer, split_lines, train_tokenizer
+from fine_tuning_text import (
+    BOS,
+    Lines,
+    read_packages,
+    save_tokenizer,
+    single_tokens,
+    split_lines,
+    train_tokenizer,
+)
 from tokenizers import Tokenizer
 
 PART_CHARACTERS = 3_000_000  # of a package that one process cuts at once
@@ -120,13 +128,14 @@ def cut(part: Part) -> Cut:
     tokenizer, shape = Tokenizer.from_str(part.tokenizer_json), part.shape
     lines = split_lines(tokenizer, part.texts)
     runs = (
-        ("copy", (shape.copy_kind,), "input_ids", part.copy_documents),
-        ("short", shape.short_kinds, "input_ids", None),
-        ("long", (shape.long_kind,), "text", None),
+        # Lines would leave few different distances, which a model learns in the place of copying.
+        ("copy", single_tokens(lines), (shape.copy_kind,), "input_ids", part.copy_documents),
+        ("short", lines, shape.short_kinds, "input_ids", None),
+        ("long", lines, (shape.long_kind,), "text", None),
     )
     found = {}
-    for run, kinds, column, most in runs:
-        made = documents(lines, kinds, Notes(tokenizer, shape.words, f"{part.name} {run}"))
+    for run, text, kinds, column, most in runs:
+        made = documents(text, kinds, Notes(tokenizer, shape.words, f"{part.name} {run}"))
         found[run] = [Written.of(document, column) for document in itertools.islice(made, most)]
     return Cut(sum(map(len, lines.ids)), **found)
 

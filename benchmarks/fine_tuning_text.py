@@ -36,6 +36,12 @@ class Lines(NamedTuple):
     ids: list[list[int]]
 
 
+def single_tokens(lines: Lines) -> Lines:
+    """The same text, each token of it a line: what is planted in it may stand anywhere. It has no texts."""
+    ids = [[token] for line in lines.ids for token in line]
+    return Lines([""] * len(ids), ids)
+
+
 def made_up_words(count: int) -> list[str]:
     """Words that no text has, such as `<bumezo>`; the same ones each time."""
     draw = random.Random(count)

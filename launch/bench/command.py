@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -64,6 +65,8 @@ class Options:
             raise ValueError(f"--steps {steps} must be 1 or above.")
         if args.json is not None and args.json.is_dir():
             raise ValueError(f"--json {args.json} is a folder; name a file in it.")
+        if args.json is not None:
+            _refuse_unwritable(args.json.absolute())
         return cls(
             args.config,
             tuple(overrides),
@@ -104,6 +107,7 @@ def bench(args: argparse.Namespace) -> int:
         count = num_processes(config, args.hostfile, args.launcher_args)
         check_count(config, count)
         if count != 1 or args.hostfile is not None:
+            print(f"starting {count} processes", flush=True)  # their first line is many seconds away
             return launch(
                 args.config,
                 [*overrides, *words_of(args)],
@@ -204,6 +208,13 @@ def _steps(measurement, host, report, options: Options, started: float) -> None:
         measurement.measure(options.steps, keep, first=first, profile=options.profile, tell=report.tell)
     if options.memory_only and not (stubs and all(stub.num_calls for stub in [*stubs, products])):
         raise RuntimeError("attention or products were not left out: nothing called what stands for them.")
+
+
+def _refuse_unwritable(path: Path) -> None:
+    """Before a model is made: its results would have nowhere to go."""
+    folder = next(one for one in path.parents if one.exists())
+    if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+        raise ValueError(f"--json {path}: nothing can be written in {folder}; name a file elsewhere.")
 
 
 def _host_bytes(text: str) -> int:

@@ -145,6 +145,7 @@ def test_documents_share_a_sequence(bench: Callable) -> None:
         (["--document-tokens", "auto"], "--document-tokens auto is no number of tokens; write one"),
         (["--document-tokens", "12x"], "--document-tokens 12x: "),
         (["--json", "/tmp"], "--json /tmp is a folder; name a file"),
+        (["--json", "/dev/null/a/b.json"], "nothing can be written in /dev/null; name a file elsewhere"),
         (["--gpu-memory", "80G"], "torch sees none; leave it out"),
         (["--document-tokens", "7"], "must be 4 or more and divide sequence.length=250"),
         (["sequence.length=max"], "give a number of tokens"),
