@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,17 +35,18 @@ def copy_config(shape: Shape) -> Row:
             **{"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2},
         }
     }
-    return {"model": model, **at_short_length(shape, "copy", shape.copy_steps)}
+    return {"model": model, **at_short_length(shape, "copy", ["copy.jsonl"], shape.copy_steps)}
 
 
 def short_config(shape: Shape) -> Row:
     """The run that goes on from it, on text."""
-    return {"model": {"name": "copy-model"}, **at_short_length(shape, "short", shape.short_steps)}
+    source = ["copy.jsonl", "short.jsonl"]
+    return {"model": {"name": "copy-model"}, **at_short_length(shape, "short", source, shape.short_steps)}
 
 
-def at_short_length(shape: Shape, run: str, steps: int) -> Row:
+def at_short_length(shape: Shape, run: str, source: Sequence[str], steps: int) -> Row:
     """All but the model."""
-    data = {"source": f"{run}.jsonl", "tokenizer": "tokenizer", "eval_fraction": 0, "cache_dir": "cache"}
+    data = {"source": source, "tokenizer": "tokenizer", "eval_fraction": 0, "cache_dir": "cache"}
     return {
         "data": data,
         # Everything is kept, nothing is computed twice: it is short, and is to be fast.

@@ -245,7 +245,8 @@ def probe(
     document = plant(lines, start, shape.long_length, asks, places, notes)
     noted = {notes.line(NOTE, ask)[0] for ask in asks}
     control = "".join(line for line in document.lines if line not in noted)
-    ids, others = ([BOS, *tokenizer.encode(text).ids] for text in (document.text, control))
+    encodings = tokenizer.encode_batch_fast([document.text, control])  # each on a core
+    ids, others = ([BOS, *encoding.ids] for encoding in encodings)
     assert ids == document.ids[:-1], "the tokens of a document are not those of its lines"
     found = [
         {

@@ -79,7 +79,18 @@ class Notes:
         return len(self.heads[head]) + 1
 
     def places(self, kind: Kind) -> list[list[int]]:
-        """Where each note and its questions are wished: distances of every size, none more than another."""
+        """Where each note and its questions are wished."""
+        return self.places_of_one(kind) if kind.notes == 1 else self.places_of_some(kind)
+
+    def places_of_one(self, kind: Kind) -> list[list[int]]:
+        """Gaps of every size between them: a note that fills most of a document cannot be at any distance."""
+        note, ask = self.size(NOTE, kind.words), self.size(ASK, kind.words)
+        room = kind.tokens - 2 - note - kind.asks * ask
+        cuts = sorted(self.draw.randint(0, room) for _ in range(1 + kind.asks))
+        return [[1 + cut + (number and note + (number - 1) * ask) for number, cut in enumerate(cuts)]]
+
+    def places_of_some(self, kind: Kind) -> list[list[int]]:
+        """At distances of every size, none more than another."""
         note, ask = self.size(NOTE, kind.words), self.size(ASK, kind.words)
         nearest, farthest = math.log(note), math.log(kind.tokens - note - kind.asks * ask)
         found = []

@@ -32,11 +32,13 @@ class Shape:
 
     Attributes:
         vocab_size: Of the tokenizer; `words` of these tokens are words of the notes alone.
+        initializer_range: Of the weights. Where it is much below `1 / sqrt(hidden_size)`, copying comes late.
         max_text_mb: Of the installed packages' text, in the order of their names.
         copy_kind: The first run's documents. Copying is learned on them: they are short and little else than
             one long note four times over; where notes are many, and few tokens can be copied, it comes late.
         copy_tokens: Of these documents, about; more steps than they fill see them again.
-        short_kinds: The documents of the run that goes on from it, which learns text, and to copy in it.
+        short_kinds: The documents of the run that goes on from it, beside the first run's. It learns text,
+            and copying in it.
         train_documents: Long ones, at most.
         heldout_documents: Of which the loss is told; each is a text of the probe, too.
         distances: From a note's code to where it is asked.
@@ -99,23 +101,22 @@ SHAPES = {
         initializer_range=0.02,
         words=2048,
         short_length=4096,
-        copy_kind=Kind(1, 128, notes=1, words=16, asks=3),
+        copy_kind=Kind(1, 96, notes=1, words=12, asks=3),
         copy_tokens=10_000_000,
         copy_steps=600,
         short_kinds=(
-            Kind(16, 128, notes=1, words=16, asks=3),
-            Kind(8, 256, notes=4, words=CODE_WORDS, asks=2),
+            Kind(16, 256, notes=4, words=CODE_WORDS, asks=2),
             Kind(1, 4096, notes=48, words=CODE_WORDS, asks=1),
         ),
-        short_tokens=50_000_000,
+        short_tokens=40_000_000,
         short_batch=8,
-        short_steps=3000,
+        short_steps=2400,
         short_lr=2e-3,
         short_warmup=100,
         long_length=131072,
         long_notes=384,
         long_steps=50,
-        long_lr=4e-4,
+        long_lr=6e-4,
         long_warmup=4,
         train_documents=60,
         heldout_documents=16,
@@ -139,11 +140,11 @@ SHAPES = {
         initializer_range=0.08,
         words=128,
         short_length=256,
-        copy_kind=Kind(1, 128, notes=1, words=16, asks=3),
+        copy_kind=Kind(1, 96, notes=1, words=12, asks=3),
         copy_tokens=20_000,
         copy_steps=4,
         short_kinds=(
-            Kind(2, 128, notes=1, words=16, asks=3),
+            Kind(2, 128, notes=2, words=CODE_WORDS, asks=2),
             Kind(1, 256, notes=4, words=CODE_WORDS, asks=1),
         ),
         short_tokens=40_000,

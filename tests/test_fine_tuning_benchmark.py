@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -10,11 +11,12 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import torch
 from benchmark_modules import imported
+from tokenizers import Tokenizer as FastTokenizer
 from torch import Tensor, nn
 
 NAMES = (
     *("report", "retrieval", "fine_tuning_shapes", "fine_tuning_text", "fine_tuning_notes"),
-    *("fine_tuning_configs", "fine_tuning_corpus", "fine_tuning_results", "fine_tuning"),
+    *("fine_tuning_configs", "fine_tuning_corpus", "fine_tuning_results", "fine_tuning_story", "fine_tuning"),
 )
 FILES = ("copy.jsonl", "short.jsonl", "long.jsonl", "heldout.jsonl", "probes.jsonl")
 
@@ -72,7 +74,7 @@ def test_corpus_is_the_same_each_time_and_notes_are_asked(bench, tmp_path: Path)
     assert len(kinds) > 1
     long = {(shape.long_notes, 4, 1)}
     parts = (
-        *(("copy", {shape.copy_kind[2:]}, 128), ("short", kinds, 256)),
+        *(("copy", {shape.copy_kind[2:]}, 96), ("short", kinds, 256)),
         *(("long", long, 1024), ("heldout", long, 1024)),
     )
     for part, wanted, length in parts:
@@ -91,13 +93,12 @@ def planted(text: str) -> tuple[int, int, int]:
     """How many notes, words of each, and questions of each, all of them behind their notes and right."""
     codes: dict[str, str] = {}
     asked: dict[str, int] = {}
-    for line in text.splitlines():
-        if line.startswith("# note:"):
-            name, *words = line.removeprefix("# note:<").removesuffix(">").split("><")
+    for kind, line in re.findall("# (note|asked):<([a-z><]+)>\n", text):
+        name, *words = line.split("><")
+        if kind == "note":
             assert name not in codes
             codes[name] = "-".join(words)
-        elif line.startswith("# asked:"):
-            name, *words = line.removeprefix("# asked:<").removesuffix(">").split("><")
+        else:
             assert codes[name] == "-".join(words)
             asked[name] = asked.get(name, 0) + 1
     drawn = [word for name, code in codes.items() for word in (name, *code.split("-"))]
@@ -169,6 +170,45 @@ def test_a_line_that_no_document_has_room_for_is_left_out(bench) -> None:
     assert text.count("short") == sum(document.used for document in found) == 14
 
 
+@pytest.mark.usefixtures("packages")
+def test_copying_is_shown_at_many_distances(bench, tmp_path: Path) -> None:
+    """A model would learn a distance, if there were a few of them, and not to look for the word."""
+    shape = bench["fine_tuning_shapes"].SHAPES["tiny"]
+    bench["fine_tuning_corpus"].build(shape, tmp_path)
+    rows = [json.loads(line)["input_ids"] for line in (tmp_path / "copy.jsonl").read_text().splitlines()]
+    tokenizer = FastTokenizer.from_file(str(tmp_path / "tokenizer" / "tokenizer.json"))
+    words = {tokenizer.token_to_id(word) for word in bench["fine_tuning_text"].made_up_words(shape.words)}
+    found: set[int] = set()
+    for row in rows:
+        assert len(row) == shape.copy_kind.tokens
+        name = next(word for word in row if word in words)
+        first, *others = [at for at, word in enumerate(row) if word == name]
+        assert len(others) == shape.copy_kind.asks
+        found |= {at - first for at in others}
+    assert len(found) > 20
+
+
+def test_a_run_has_as_many_tokens_as_are_wished(bench, tmp_path: Path) -> None:
+    corpus = bench["fine_tuning_corpus"]
+    writer = corpus.Writer(tmp_path / "short.jsonl")
+    some = [corpus.Written(json.dumps({"text": str(number)}) + "\n", 30, [9]) for number in range(4)]
+    writer.add(some, 100)
+    writer.add(some, 100)
+    assert writer.total == writer.end()["tokens"] == 120
+    assert len((tmp_path / "short.jsonl").read_text().splitlines()) == 4
+
+
+@pytest.mark.usefixtures("packages")
+def test_made_up_words_are_part_of_the_vocabulary(bench) -> None:
+    text = bench["fine_tuning_text"]
+    texts = [one for some in text.read_packages(1).values() for one in some]
+    tokenizer = text.train_tokenizer(texts, 400, 64)
+    assert tokenizer.get_vocab_size() == 400
+    words = text.made_up_words(64)
+    assert len(set(words)) == 64
+    assert tokenizer.encode("".join(words)).ids == list(range(336, 400))
+
+
 def test_kinds_have_room_for_their_notes(bench) -> None:
     """With some left for text: a line of it that has no room is lost."""
     for shape in bench["fine_tuning_shapes"].SHAPES.values():
@@ -176,7 +216,7 @@ def test_kinds_have_room_for_their_notes(bench) -> None:
             planted = kind.notes * (1 + kind.asks) * (kind.words + 6)
             assert planted < 0.85 * kind.tokens
             assert kind.notes * (kind.words + 1) <= shape.words
-            assert shape.short_length % kind.tokens == 0 or kind == shape.long_kind
+        assert not any(shape.short_length % kind.tokens for kind in shape.short_kinds)  # no padding
         assert len(shape.distances) * shape.asks_a_distance * 5 <= shape.words
 
 
@@ -301,7 +341,7 @@ def test_a_run_is_killed_only_behind_a_whole_checkpoint(bench, tmp_path: Path) -
 
 
 def test_time_counts_from_the_first_step(bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    fine_tuning = bench["fine_tuning"]
+    fine_tuning = bench["fine_tuning_story"]
     clock, sent = SimpleNamespace(now=100.0), []
     monkeypatch.setattr(
         fine_tuning, "time", SimpleNamespace(perf_counter=lambda: clock.now, sleep=lambda _: None)
@@ -310,8 +350,9 @@ def test_time_counts_from_the_first_step(bench, tmp_path: Path, monkeypatch: pyt
     metrics = tmp_path / "metrics.jsonl"
     metrics.write_text(json.dumps(step(1, 1.0, 0.1)) + "\n")  # of the process that was killed
     stop = fine_tuning.stop_when(tmp_path, lambda seconds: seconds > 10, never_s=60)
-    clock.now += 50
-    assert stop(process) is None
+    for seconds in (0, 50):
+        clock.now += seconds
+        assert stop(process) is None
     with metrics.open("a") as file:
         file.write(json.dumps(step(2, 1.0, 0.1)) + "\n")
     for seconds in (0, 5, 4):
@@ -335,7 +376,7 @@ def story(bench, tmp_path: Path):
     """Whose commands are Python's own, in the place of `longseq`'s."""
     args = {"shape": "tiny", "work": tmp_path / "work", "out": tmp_path / "out", "deadline_s": 60}
     steps = dict.fromkeys(("copy_steps", "short_steps", "short_lr", "long_steps", "long_lr"))
-    return bench["fine_tuning"].Story(SimpleNamespace(**args, **steps))
+    return bench["fine_tuning_story"].Story(SimpleNamespace(**args, **steps))
 
 
 def test_a_command_that_does_not_get_going_is_ended_and_quoted(bench, story) -> None:
@@ -343,17 +384,17 @@ def test_a_command_that_does_not_get_going_is_ended_and_quoted(bench, story) -> 
 
     def watch(process) -> None:
         if any("still" in path.read_text() for path in story.work.glob("*.log")):
-            raise bench["fine_tuning"].NeverStartedError("took no step in 1 s")
+            raise bench["fine_tuning_story"].NeverStartedError("took no step in 1 s")
 
     with pytest.raises(SystemExit, match="took no step in 1 s; the end of what it said:\nstill preparing"):
-        story.run("train", [bench["fine_tuning"].sys.executable, "-c", said], "train", watch)
+        story.run("train", [bench["fine_tuning_story"].sys.executable, "-c", said], "train", watch)
     assert story.facts["commands"][-1]["ended"] == "took no step in 1 s"
 
 
 def test_a_command_that_does_not_stop_when_asked_is_killed(bench, story, monkeypatch) -> None:
-    monkeypatch.setattr(bench["fine_tuning"], "STOP_S", 0.2)
+    monkeypatch.setattr(bench["fine_tuning_story"], "STOP_S", 0.2)
     said = "import time; time.sleep(60)"
-    story.run("train", [bench["fine_tuning"].sys.executable, "-c", said], "train", lambda _: "asked")
+    story.run("train", [bench["fine_tuning_story"].sys.executable, "-c", said], "train", lambda _: "asked")
     assert story.facts["commands"][-1]["ended"] == "asked, and killed 0.2 s later"
 
 
