@@ -26,7 +26,7 @@ Keyed = TypeVar("Keyed")
 
 BETAS, WEIGHT_DECAY = (0.9, 0.999), 0.01
 ADAMW_EPS, PROJECTED_EPS = 1e-8, 1e-6
-RANKS = {"llama-3-8b": 256, "tiny": 8}
+RANKS = {"llama-3-8b": 256, "llama-7b": 256, "tiny": 8}
 SYSTEM_PACKAGES = {"bitsandbytes": "bitsandbytes", "apollo-torch": "apollo_torch"}
 
 CHECK_LR = 0.01
