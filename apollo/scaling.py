@@ -12,8 +12,8 @@ from .dispatch import TRITON_DTYPES, has_triton
 def scale_(values: Tensor, factor: Tensor) -> None:
     """Multiply in place, in at least float32 and rounded once; by 0, NaN and infinity become 0.
 
-    PyTorch's own product with a tensor of no dimensions rounds that to the dtype of `values`, and its kernel
-    moved 1 TB/s where an H200 has 4.
+    PyTorch's own product with a tensor of no dimensions rounds that to the dtype of `values`, and takes its
+    elements one by one.
 
     Args:
         values: Of any shape and floating dtype.

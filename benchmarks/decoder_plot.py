@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 from pathlib import Path
 from typing import Any
+
+import report
 
 PANELS = (("peak GiB", "peak GPU memory (GiB)"), ("tokens/s", "tokens/s"))
 OTHERS_STYLES = ("--", ":", "-.")
@@ -48,11 +49,7 @@ def draw(rows: list[Row], path: Path) -> None:
     figure.set_figheight(5.5 + legend_in)
     figure.legend(handles.values(), handles.keys(), loc="lower center", ncols=2, fontsize=8, frameon=False)
     figure.tight_layout(rect=(0, legend_in / (5.5 + legend_in), 1, 1))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.partial")
-    figure.savefig(draft, format="png", dpi=130)
-    pyplot.close(figure)
-    os.replace(draft, path)
+    report.save_figure(figure, path)
 
 
 def points(rows: list[Row], column: str) -> dict[str, list[tuple[int, float]]]:

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 from pathlib import Path
 from typing import Any
+
+import report
 
 LONG_TOKENS = 65536
 OURS, OURS_MINI, OTHERS = "#2a78b8", "#1b9e77", "0.6"
@@ -65,11 +66,7 @@ def draw(rows: list[Row], path: Path) -> None:
     figure.legend(handles=handles, fontsize=8, loc="lower center", ncols=len(handles), frameon=False)
     figure.suptitle("Llama-3-8B, all weights trained, one GPU; -: no room, or not measured", fontsize=11)
     figure.tight_layout(rect=(0, 0.05, 1, 1))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.partial")
-    figure.savefig(draft, format="png", dpi=130)
-    pyplot.close(figure)
-    os.replace(draft, path)
+    report.save_figure(figure, path)
 
 
 def speed_of(row: Row) -> float | None:

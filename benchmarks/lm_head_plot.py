@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
+
+import report
 
 PANEL_TOKENS = 8192
 PANEL_DATA = "zipf"
@@ -37,11 +38,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
         axis.set_xlabel("peak memory beside dE and dW (MiB)")
         axis.set_ylabel("forward + backward (G, one bare logits matmul)")
     figure.tight_layout()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.partial")
-    figure.savefig(draft, format="png", dpi=130)
-    pyplot.close(figure)
-    os.replace(draft, path)
+    report.save_figure(figure, path)
 
 
 def _panels(rows: list[dict[str, Any]]) -> dict[str, list[tuple[float, float, str, bool]]]:

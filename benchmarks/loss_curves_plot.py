@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import report
 
 COLORS = ("tab:blue", "tab:orange", "tab:green", "tab:red")
 YARDSTICK_STYLES = ("--", ":")
@@ -60,11 +60,7 @@ def draw(runs: list[Row], path: Path, smooth_steps: int = 20) -> None:
     for axis in (above, below):
         axis.grid(alpha=0.3)
     figure.tight_layout()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.partial")
-    figure.savefig(draft, format="png", dpi=130)
-    pyplot.close(figure)
-    os.replace(draft, path)
+    report.save_figure(figure, path)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -8,9 +8,10 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 from pathlib import Path
 from typing import Any
+
+import report
 
 LABELS = {
     "adamw": "AdamW",
@@ -61,11 +62,7 @@ def draw(runs: list[Row], path: Path) -> None:
     axis.grid(alpha=0.3, which="both")
     axis.legend(fontsize=7, frameon=False, ncols=2)
     figure.tight_layout()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.partial")
-    figure.savefig(draft, format="png", dpi=130)
-    pyplot.close(figure)
-    os.replace(draft, path)
+    report.save_figure(figure, path)
 
 
 def best_of_each(runs: list[Row]) -> set[str]:

@@ -90,6 +90,17 @@ def write(
         os.replace(draft, out / f"{name}{suffix}")
 
 
+def save_figure(figure: Any, path: Path) -> None:
+    """Write one of pyplot's figures as PNG, whole or not at all, and close it."""
+    from matplotlib import pyplot
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f".{path.name}.partial")
+    figure.savefig(draft, format="png", dpi=130)
+    pyplot.close(figure)
+    os.replace(draft, path)
+
+
 def markdown(rows: list[dict[str, Any]]) -> str:
     """Rows of equal keys as a Markdown table."""
     columns = list(dict.fromkeys(key for row in rows for key in row))

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import report
 
 Row = dict[str, Any]
 Lines = dict[str, list[tuple[float, float]]]
@@ -49,11 +50,7 @@ def draw(rows: list[Row], path: Path) -> None:
         axis.grid(alpha=0.3)
         axis.legend(fontsize=7)
     figure.tight_layout()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.partial")
-    figure.savefig(draft, format="png", dpi=130)
-    pyplot.close(figure)
-    os.replace(draft, path)
+    report.save_figure(figure, path)
 
 
 def by_length(rows: list[Row]) -> Lines:
