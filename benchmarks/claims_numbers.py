@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 from claims_results import Found, MissingError, Results, Row, longest_tokens, reached, verdict_of_longest
 
 MIB = 2**20
@@ -13,15 +15,37 @@ AS_GOOD = 0.95
 # --- MST ---
 
 
+SMALL_CARD, SMALL_CARD_GIB = "80gb-mini", 79.1
+
+
+def _on_small_card(results: Results) -> Row:
+    """Our longest sequence on a card of 80 GB, of the ladder or of `longseq bench`: tokens, state and more."""
+    found = []
+    with contextlib.suppress(MissingError):
+        rung = results.one("end_to_end", name=SMALL_CARD)
+        found.append(rung | {"tokens": longest_tokens(rung), "state": verdict_of_longest(rung)})
+    for row in results.file("end_to_end").get("bench", ()):
+        held = row["gpus"] == 1 and row.get("card_gib") is not None
+        if held and row["card_gib"] <= SMALL_CARD_GIB and not row.get("note"):
+            found.append(row | {"state": row["kind"]})
+    if not found:
+        raise MissingError(
+            f"end_to_end.json has no longest sequence of {SMALL_CARD}, and no bench on its card"
+        )
+    best = max(found, key=lambda row: row["tokens"])
+    results.use(best["environment"])
+    return best
+
+
 def _beside(results: Results, other: str, wanted: float) -> Found:
     """Our longest sequence on a card of 80 GB over that of another rung."""
-    ours = results.one("end_to_end", name="80gb-mini")
+    ours = _on_small_card(results)
     theirs = results.one("end_to_end", name=other)
-    tokens, before = longest_tokens(ours), longest_tokens(theirs)
+    tokens, before = ours["tokens"], longest_tokens(theirs)
     text = (
         f"{tokens:,} tokens against {before:,}: {tokens / before:.3g} times, on a card that was held to "
         f"{ours['card_gib']:.1f} GiB; ours with {ours['optimizer']}, the other with {theirs['optimizer']} "
-        f"({verdict_of_longest(ours)}; {verdict_of_longest(theirs)})"
+        f"({ours['state']}; {verdict_of_longest(theirs)})"
     )
     numbers = {"tokens": tokens, "tokens before": before, "ratio": tokens / before}
     return Found(text, reached(tokens / before, wanted), numbers)
@@ -36,10 +60,10 @@ def longer_than_checkpoints(results: Results) -> Found:
 
 
 def sixty_thousand(results: Results) -> Found:
-    row = results.one("end_to_end", name="80gb-mini")
-    tokens = longest_tokens(row)
+    row = _on_small_card(results)
+    tokens = row["tokens"]
     text = f"{tokens:,} tokens on a card that was held to {row['card_gib']:.1f} GiB, {row['optimizer']} "
-    text += f"({verdict_of_longest(row)})"
+    text += f"({row['state']})"
     return Found(text, reached(tokens, 60_000), {"tokens": tokens})
 
 

@@ -75,12 +75,14 @@ class Results:
             what = ", ".join([*(f"{key}={value}" for key, value in wanted.items()), *having])
             raise MissingError(f"{name}.json has no row with {what}")
         for row in rows:
-            where = row.get("environment") or found["environment"]
             # A file may have rows of several days, each with the time of its launch.
             launched = DATE.match(str(row.get("run")))
-            date = launched[0] if launched else where["date"][:10]
-            self.used.append(f"{where['device']}, {date}")
+            self.use(row.get("environment") or found["environment"], launched[0] if launched else None)
         return rows
+
+    def use(self, environment: Row, date: str | None = None) -> None:
+        """A row that was measured there is taken."""
+        self.used.append(f"{environment['device']}, {date or environment['date'][:10]}")
 
     def one(self, name: str, /, *having: str, **wanted: Any) -> Row:
         """The first of them."""

@@ -280,7 +280,18 @@ def bench_rows(files: list[Path]) -> list[Row]:
                 f"--bench {path}: it has no rows with `tokens`; give what `longseq bench` wrote."
             )
         rows += [{"file": path.stem} | {name: row[name] for name in KEPT if name in row} for row in found]
+        for kept, row in zip(rows[-len(found) :], found, strict=True):
+            kept |= conditions(row)
     return rows
+
+
+def conditions(row: Row) -> Row:
+    """What a bench was held to, and its optimizer."""
+    options, optimizer = row.get("options", {}), row.get("keys", {}).get("optimizer", {})
+    held = {name: in_gib(options.get(f"{name}_bytes")) for name in ("gpu", "host")}
+    name = {"apollo-mini": "APOLLO-Mini", "adamw": "AdamW", "apollo": "APOLLO"}.get(optimizer.get("name"))
+    found = {"card_gib": held["gpu"], "host_gib": held["host"]}
+    return found | {"optimizer": f"{name} in backward" if name and optimizer.get("in_backward") else name}
 
 
 def shown_run(row: Row) -> Row:
@@ -290,6 +301,9 @@ def shown_run(row: Row) -> Row:
     return {
         "run": " ".join([row.get("config", row["file"]), *row.get("overrides", ())]),
         "GPUs": row.get("gpus"),
+        "held to GiB": row.get("card_gib"),
+        "of host memory": row.get("host_gib"),
+        "optimizer": row.get("optimizer"),
         "tokens": row["tokens"],
         "state": row.get("note") or state,
         "s": row.get("seconds"),

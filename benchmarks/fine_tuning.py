@@ -131,7 +131,9 @@ def compare(before: Sequence[Row], after: Sequence[Row]) -> Row:
     Steps that were taken again are those behind the checkpoint; the ones before it are there once, unchanged.
     """
     afterwards = {record["step"]: record for record in after}
-    again = [record for record in before if record["seconds"] != afterwards[record["step"]]["seconds"]]
+    # One that was stopped in turn may not have come as far.
+    both = [record for record in before if record["step"] in afterwards]
+    again = [record for record in both if record["seconds"] != afterwards[record["step"]]["seconds"]]
     pairs = [(record["step"], record["loss"], afterwards[record["step"]]["loss"]) for record in again]
     return {
         "last_step_before": before[-1]["step"],

@@ -3,7 +3,7 @@
 python benchmarks/loss_curves.py --out benchmarks/results                # all runs, minutes on an H200
 python benchmarks/loss_curves.py --out DIR --text DIR/text.npz --runs plain cce --time-limit-s 140
 python benchmarks/loss_curves.py --out DIR --runs                        # table and picture alone
-python benchmarks/loss_curves.py --shape tiny --steps 6 --batch 4 --micro-batch 2 --length 32 --vocab-size 700
+python benchmarks/loss_curves.py --shape tiny --steps 6 --batch 4 --micro-batch 4 --length 32 --vocab-size 700
 
 Each run leaves `loss_curves_runs/NAME.json` in --out when it ends, and one that is there is not run again:
 calls may share a folder. --text keeps the tokens between them.
@@ -49,8 +49,9 @@ NOTE = """All runs have the same first weights and the same batches in the same 
 bfloat16 autocast, AdamW (betas 0.9 and 0.95, no weight decay), gradients clipped to a norm of 1, a learning
 rate that rises for a tenth of the steps and falls by a cosine to a tenth. They differ in the loss's head
 alone: "plain" makes all logits in bfloat16, as float32, for `F.cross_entropy`; the others call
-`linear_cross_entropy`. The yardsticks are plain too: one has micro-batches of half the size, whose roundings
-are others, and one is the first run once again, which parts from it where the GPU adds in any order.
+`linear_cross_entropy`. The yardsticks are plain too: two have micro-batches of half and a quarter of the
+size, whose roundings are others, and one is the first run once again, which parts from it where the GPU adds
+in any order.
 
 Differences are to the run "plain", step by step, after the warm-up; "largest" is of moving means of 20
 steps, and the standard error of the mean is that of blocks of 20 steps. The held-out loss is computed by the
@@ -82,6 +83,7 @@ KINDS = {
     "plain-micro": Kind("plain, half the micro-batch", plain_loss, 2, yardstick=True),
     "cce-filtered": Kind("longseq, method=filtered", partial(linear_cross_entropy, method="filtered")),
     "plain-again": Kind("plain, once again", plain_loss, yardstick=True),
+    "plain-quarter": Kind("plain, a quarter of the micro-batch", plain_loss, 4, yardstick=True),
     "cce-recompute": Kind("longseq, method=recompute", partial(linear_cross_entropy, method="recompute")),
 }
 
@@ -308,8 +310,12 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: list[str] | None = None) -> None:
     args = parser().parse_args(arguments)
-    if args.batch % args.micro_batch or args.micro_batch % 2:
-        raise SystemExit(f"--micro-batch: {args.micro_batch} must be even and divide --batch {args.batch}.")
+    shares = [KINDS[name].micro_share for name in args.runs]
+    if args.batch % args.micro_batch or any(args.micro_batch % share for share in shares):
+        raise SystemExit(
+            f"--micro-batch: {args.micro_batch} must divide --batch {args.batch}, and be a multiple of "
+            f"{max(shares, default=1)} for the runs that cut it."
+        )
     bench = Bench(args)
     bench.run(args.runs)
     bench.report(show=True)

@@ -165,6 +165,7 @@ def verdicts(runs: Sequence[Row], gaps: Sequence[Row], notes: Sequence[Note]) ->
                 "run": run["run"],
                 "tokens": run.get("tokens"),
                 "GPUs": run.get("gpus"),
+                "measured": run.get("environment", {}).get("date"),
                 "step s": run["wall_s"],
                 "without the profiler s": run.get("seconds"),
                 "beside": f"{beside:.1%}",
