@@ -19,7 +19,7 @@ SMALL_CARD, SMALL_CARD_GIB = "80gb-mini", 79.1
 
 
 def _on_small_card(results: Results) -> Row:
-    """Our longest sequence on a card of 80 GB, of the ladder or of `longseq bench`: tokens, state and more."""
+    """Our longest sequence on a card of 80 GB, of the ladder or of `longseq bench`."""
     found = []
     with contextlib.suppress(MissingError):
         rung = results.one("end_to_end", name=SMALL_CARD)

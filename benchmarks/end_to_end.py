@@ -4,6 +4,7 @@ python benchmarks/end_to_end.py --list
 python benchmarks/end_to_end.py --out DIR --lanes 4 --deadline-s 550 --phases times longest   # on four GPUs
 python benchmarks/end_to_end.py --out DIR --lanes 4 --deadline-s 550 --phases train           # then
 python benchmarks/end_to_end.py --out DIR --only groups 'mini*'
+python benchmarks/end_to_end.py --out DIR --only 80gb-mini --phases longest --first-tokens 1550000
 python benchmarks/end_to_end.py --out DIR --shape tiny --lengths 64 128 --tries 1   # on a CPU, to see it work
 python benchmarks/end_to_end.py --table DIR --bench bench.json --out benchmarks/results
 
@@ -55,8 +56,9 @@ class Manager(Lanes):
         words += ["--lengths", *map(str, args.lengths), "--repeats", str(args.repeats)]
         words += ["--tries", str(args.tries), "--train-minutes", str(args.train_minutes)]
         words += ["--host-gib", str(args.host_gib), "--shape", args.shape]
-        for option, value in (("--layers", args.layers), ("--gpu-gib", args.gpu_gib)):
-            words += [] if value is None else [option, str(value)]
+        for name in ("layers", "gpu_gib", "first_tokens"):
+            value = getattr(args, name)
+            words += [] if value is None else [f"--{name.replace('_', '-')}", str(value)]
         left_s = self.left_s()
         words += [] if left_s is None else ["--deadline-s", f"{left_s - END_S:.0f}"]
         return [*words, *(["--again"] if args.again else [])]

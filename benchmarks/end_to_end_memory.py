@@ -193,8 +193,8 @@ def on_grain(num_tokens: float) -> int:
 class Search:
     """Tries lengths until one that fits and one that does not are close."""
 
-    def __init__(self, memory: Memory, tries: int) -> None:
-        self.memory, self.tries = memory, tries
+    def __init__(self, memory: Memory, tries: int, first: int | None = None) -> None:
+        self.memory, self.tries, self.first = memory, tries, first
         self.fits: int | None = None
         self.fails: int | None = None
         self.why: str | None = None
@@ -228,6 +228,8 @@ class Search:
     def _wanted(self) -> int | None:
         if self.fails is None:
             longest = self.fits or SMALL_TOKENS
+            if self.first is not None and self.first > longest:
+                return on_grain(self.first)
             return max(self.memory.guess(longest), a_step_above(longest))
         if self.fits is None:
             return on_grain(self.fails / 2)

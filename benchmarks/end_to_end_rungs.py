@@ -249,6 +249,7 @@ def add_options(options: argparse.ArgumentParser) -> None:
     options.add_argument("--lengths", type=int, nargs="+", default=[16384, 65536, 131072])
     options.add_argument("--repeats", type=int, default=2, help=f"steps under {LONG_TOKENS:,} tokens")
     options.add_argument("--tries", type=int, default=12, help="lengths near the longest")
+    options.add_argument("--first-tokens", type=int, help="the length to try first, by a plan for instance")
     options.add_argument("--train-minutes", type=float, default=8, help="of a step at the longest length")
     options.add_argument("--host-gib", type=float, default=115, help="pinned at the most")
     options.add_argument("--gpu-gib", type=float, help="emulate a card of so many, context included")

@@ -202,7 +202,7 @@ class Worker(Kept):
             return True
         found = self.row.setdefault("longest", {})
         probes: list[Row] = found.setdefault("probes", [])
-        search = Search(self.memory, self.args.tries)
+        search = Search(self.memory, self.args.tries, self.args.first_tokens)
         for row in [*self.row["times"], *probes]:
             search.took(row)
         if not self.is_warm and "note" in attempt(self.warm):

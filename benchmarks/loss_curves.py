@@ -50,8 +50,8 @@ bfloat16 autocast, AdamW (betas 0.9 and 0.95, no weight decay), gradients clippe
 rate that rises for a tenth of the steps and falls by a cosine to a tenth. They differ in the loss's head
 alone: "plain" makes all logits in bfloat16, as float32, for `F.cross_entropy`; the others call
 `linear_cross_entropy`. The yardsticks are plain too: two have micro-batches of half and a quarter of the
-size, whose roundings are others, and one is the first run once again, which parts from it where the GPU adds
-in any order.
+size, whose roundings are others, one is the first run once again, which parts from it where the GPU adds in
+any order, and one has logits that are not rounded to bfloat16.
 
 Differences are to the run "plain", step by step, after the warm-up; "largest" is of moving means of 20
 steps, and the standard error of the mean is that of blocks of 20 steps. The held-out loss is computed by the
@@ -64,6 +64,14 @@ def plain_loss(hidden: Tensor, weight: Tensor, labels: Tensor, reduction: str = 
     """Of all logits, in float32."""
     logits = F.linear(hidden, weight).float()
     return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction=reduction)
+
+
+def float32_loss(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    """Of logits that are never rounded to bfloat16; the factors are those of `plain_loss`."""
+    rounded = [tensor.to(torch.get_autocast_dtype(hidden.device.type)).float() for tensor in (hidden, weight)]
+    with torch.autocast(hidden.device.type, enabled=False):
+        logits = F.linear(*rounded)
+        return F.cross_entropy(logits.flatten(0, 1), labels.flatten())
 
 
 @dataclass(frozen=True)
@@ -84,6 +92,7 @@ KINDS = {
     "cce-filtered": Kind("longseq, method=filtered", partial(linear_cross_entropy, method="filtered")),
     "plain-again": Kind("plain, once again", plain_loss, yardstick=True),
     "plain-quarter": Kind("plain, a quarter of the micro-batch", plain_loss, 4, yardstick=True),
+    "plain-float32": Kind("plain, the product in float32", float32_loss, yardstick=True),
     "cce-recompute": Kind("longseq, method=recompute", partial(linear_cross_entropy, method="recompute")),
 }
 

@@ -14,7 +14,7 @@ import numpy as np
 import report
 
 COLORS = ("tab:blue", "tab:orange", "tab:green", "tab:red")
-YARDSTICK_STYLES = ("--", ":")
+YARDSTICK_STYLES = ("--", ":", "-.", (0, (1, 3)))
 Row = dict[str, Any]
 
 
@@ -42,7 +42,7 @@ def draw(runs: list[Row], path: Path, smooth_steps: int = 20) -> None:
         if run is plain:
             style: Row = {"color": "black", "linewidth": 2.0}
         elif run["yardstick"]:
-            style = {"color": "0.55", "linestyle": YARDSTICK_STYLES[num_yardsticks % 2]}
+            style = {"color": "0.55", "linestyle": YARDSTICK_STYLES[num_yardsticks % len(YARDSTICK_STYLES)]}
             num_yardsticks += 1
         else:
             style = {"color": COLORS[num_ours % len(COLORS)], "linewidth": 1.1}

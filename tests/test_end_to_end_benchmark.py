@@ -272,6 +272,19 @@ def test_what_fits_nearly_all_the_room_is_followed_by_a_step_above(bench: dict[s
     assert search.next() is None
 
 
+def test_a_search_begins_where_it_is_told_to(bench: dict[str, ModuleType]) -> None:
+    made_up = MadeUp(bench, gib=139, base_gib=46, kib=337)
+    made_up.memory.points = {tokens: made_up.peak(tokens) for tokens in (4096, 16384)}
+    search = made_up.memory_module.Search(made_up.memory, 6, first=200_000)
+    search.took({"tokens": 16384})
+    first = search.next()
+    assert first == made_up.memory_module.on_grain(200_000)
+    search.took(made_up.row(first))
+    assert search.next() > first
+    search.took({"tokens": first, "note": "out of memory"})
+    assert search.next() < first
+
+
 def test_a_probe_placed_by_room_adds_what_the_rungs_own_placement_takes(
     bench: dict[str, ModuleType],
 ) -> None:

@@ -85,7 +85,7 @@ def test_text_is_kept_and_read_again(bench, text_file: Path, monkeypatch) -> Non
     assert kept.facts["vocab_size"] == 600 > kept.train.max()
 
 
-@pytest.mark.slow  # seven runs and a picture
+@pytest.mark.slow  # eight runs and a picture
 def test_runs_differ_in_the_loss_alone(bench, text_file: Path, tmp_path: Path, capsys) -> None:
     run(bench, text_file, tmp_path / "out")
     rows = rows_of(tmp_path / "out")
@@ -93,7 +93,7 @@ def test_runs_differ_in_the_loss_alone(bench, text_file: Path, tmp_path: Path, c
     # A CPU adds in one order: the same run twice is the same to the bit.
     assert rows["plain-again"]["largest difference, a step"] == 0
     assert rows["plain-again"]["held-out difference"] == 0
-    for name in ("cce", "cce-filtered", "cce-recompute", "plain-micro", "plain-quarter"):
+    for name in ("cce", "cce-filtered", "cce-recompute", "plain-micro", "plain-quarter", "plain-float32"):
         assert 0 < rows[name]["largest difference, a step"] < 2e-3, name
         assert abs(rows[name]["held-out difference"]) < 2e-3, name
     assert {row.get("told apart") for row in rows.values()} <= {None, "yes", "no"}
