@@ -19,7 +19,6 @@ import signal
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -177,24 +176,16 @@ def count_parameters(folder: Path) -> int:
 
 
 def probe(story: Story) -> None:
-    """What both models find; and the first one in the end of the documents, and with the rotary base of the
-    second, if there is time."""
+    """What both models find; and the first one in the end of the documents alone."""
     shape, work = story.shape, story.work
     models = [
-        ("short", "short-model", None, None),
-        ("short-end", "short-model", None, shape.short_length),
-        ("long", "long-model", None, None),
-        ("short-rope", "short-model", shape.rope_theta[1], None),
+        ("short", "short-model", None),
+        ("short-end", "short-model", shape.short_length),
+        ("long", "long-model", None),
     ]
-    taken = 0.0
-    for name, folder, theta, last_tokens in models:
-        if name == "short-rope" and story.left_s < 1.2 * taken:
-            print(f"{name}: no time is left for it", flush=True)
-            continue
-        started = time.perf_counter()
+    for name, folder, last_tokens in models:
         out = work / f"probe-{name}.jsonl"
-        retrieval.measure(work / folder, work / "probes.jsonl", out, shape.buckets, theta, last_tokens)
-        taken = time.perf_counter() - started
+        retrieval.measure(work / folder, work / "probes.jsonl", out, shape.buckets, last_tokens)
         story.keep()
 
 

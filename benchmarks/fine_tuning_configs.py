@@ -29,7 +29,7 @@ def copy_config(shape: Shape) -> Row:
             "num_key_value_heads": shape.heads,
             "head_dim": shape.head_dim,
             "max_position_embeddings": shape.long_length,
-            "rope_parameters": rope(shape.rope_theta[0]),
+            "rope_parameters": {"rope_type": "default", "rope_theta": shape.rope_theta},
             "initializer_range": shape.initializer_range,
             "tie_word_embeddings": True,
             **{"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2},
@@ -71,10 +71,7 @@ def at_short_length(shape: Shape, run: str, source: Sequence[str], steps: int) -
 def long_config(shape: Shape) -> Row:
     """The run that goes on from it, at full length."""
     return {
-        "model": {
-            "name": "short-model",
-            "config": {"rope_parameters": rope(shape.rope_theta[1])},
-        },
+        "model": {"name": "short-model"},
         "data": {"source": "long.jsonl", "eval_source": "heldout.jsonl", "cache_dir": "cache"},
         "sequence": {"length": shape.long_length},
         "parallel": {"num_gpus": 1},
@@ -89,7 +86,3 @@ def long_config(shape: Shape) -> Row:
         "checkpoint": {"every": shape.checkpoint_every},
         "log": {"run_dir": "runs/long", "tensorboard": False},
     }
-
-
-def rope(theta: float) -> Row:
-    return {"rope_type": "default", "rope_theta": theta}

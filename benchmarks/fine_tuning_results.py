@@ -14,10 +14,9 @@ import retrieval
 MODELS = {
     "short": "before: trained at short length",
     "short-end": "before, shown only as many tokens as it was trained on",
-    "short-rope": "before, with the rotary base of the second stage",
     "long": "after: fine-tuned at full length",
 }
-COLORS = {"short": "tab:orange", "short-end": "tab:green", "short-rope": "0.6", "long": "tab:blue"}
+COLORS = {"short": "tab:orange", "short-end": "tab:green", "long": "tab:blue"}
 NOTE = """The base model was made here, from random weights, on short documents; there is nothing to
 download where this runs. The text is source code and documentation of installed Python packages. **Notes
 with random codes were planted in all of it**, and asked for later in the same document, in both stages:
@@ -27,9 +26,8 @@ tells nothing of others. The base model is first trained on documents that are l
 four times over, from which copying is learned, then on text. Held-out documents are of other packages; the
 probe asks what they noted so many tokens before. A code of 4 words is found if each word is the likeliest
 token, given those before it. The control is the same document without its notes; guessing among all the
-words costs the logarithm of their number (the table says how many there are). The second stage raises the
-base of the rotary embedding, as is usual; the same is shown without the training, too. Commands were typed
-as shown, in the folder of the files."""
+words costs the logarithm of their number (the table says how many there are). The rotary base is that of
+models for long sequences from the start. Commands were typed as shown, in the folder of the files."""
 Row = dict[str, Any]
 
 

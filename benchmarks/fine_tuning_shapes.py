@@ -45,7 +45,7 @@ class Shape:
         distances: From a note's code to where it is asked.
         asks_a_distance: In each of the probe's documents.
         buckets: Where the ranges of positions end whose loss is told.
-        rope_theta: In the first stage, and in the second.
+        rope_theta: Of all stages; with 1e4 a copy is not found at lengths that were not trained on.
         checkpoint_every: Steps of the second stage; it is killed `kill_after` its first checkpoint.
     """
 
@@ -70,6 +70,7 @@ class Shape:
     short_warmup: int
     long_length: int
     long_notes: int
+    long_asks: int
     long_steps: int
     long_lr: float
     long_warmup: int
@@ -78,7 +79,7 @@ class Shape:
     distances: tuple[int, ...]
     asks_a_distance: int
     buckets: tuple[int, ...]
-    rope_theta: tuple[float, float]
+    rope_theta: float
     eval_every: int
     checkpoint_every: int
     kill_after: int
@@ -86,8 +87,8 @@ class Shape:
 
     @property
     def long_kind(self) -> Kind:
-        """The second stage's documents: a note is asked once, and its code is of the probes' length."""
-        return Kind(1, self.long_length, self.long_notes, CODE_WORDS, 1)
+        """The last stage's documents: their codes are of the probes' length."""
+        return Kind(1, self.long_length, self.long_notes, CODE_WORDS, self.long_asks)
 
 
 SHAPES = {
@@ -107,7 +108,8 @@ SHAPES = {
         copy_steps=300,
         short_kinds=(
             Kind(16, 256, notes=4, words=CODE_WORDS, asks=2),
-            Kind(1, 4096, notes=48, words=CODE_WORDS, asks=1),
+            Kind(4, 1024, notes=16, words=CODE_WORDS, asks=3),
+            Kind(1, 4096, notes=64, words=CODE_WORDS, asks=3),
         ),
         short_tokens=40_000_000,
         short_batch=8,
@@ -116,15 +118,16 @@ SHAPES = {
         short_warmup=100,
         long_length=131072,
         long_notes=384,
+        long_asks=4,
         long_steps=50,
         long_lr=6e-4,
         long_warmup=4,
         train_documents=60,
         heldout_documents=16,
-        distances=(1024, 3840, 16384, 65536, 122880),
+        distances=(256, 1024, 3840, 16384, 65536, 122880),
         asks_a_distance=4,
         buckets=(4096, 16384, 65536, 131072),
-        rope_theta=(1e4, 1e6),
+        rope_theta=1e6,
         eval_every=25,
         checkpoint_every=10,
         kill_after=3,
@@ -155,6 +158,7 @@ SHAPES = {
         short_warmup=2,
         long_length=1024,
         long_notes=4,
+        long_asks=2,
         long_steps=8,
         long_lr=4e-4,
         long_warmup=2,
@@ -163,7 +167,7 @@ SHAPES = {
         distances=(128, 240, 768),
         asks_a_distance=1,
         buckets=(256, 1024),
-        rope_theta=(1e4, 1e5),
+        rope_theta=1e6,
         eval_every=4,
         checkpoint_every=2,
         kill_after=1,

@@ -27,17 +27,13 @@ CHUNK_TOKENS = 8192  # whose logits exist at once
 Row = dict[str, Any]
 
 
-def load(folder: Path, rope_theta: float | None = None) -> nn.Module:
-    """The model as a user of transformers loads it; with another base of the rotary embedding if given."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+def load(folder: Path) -> nn.Module:
+    """The model as a user of transformers loads it."""
+    from transformers import AutoModelForCausalLM
 
-    config = AutoConfig.from_pretrained(folder)
-    if rope_theta is not None:
-        config.rope_parameters = {**config.rope_parameters, "rope_theta": rope_theta}
     on_gpu = torch.cuda.is_available()
     model = AutoModelForCausalLM.from_pretrained(
         folder,
-        config=config,
         dtype=torch.bfloat16 if on_gpu else torch.float32,
         attn_implementation="sdpa",
     )
@@ -144,7 +140,6 @@ def measure(
     probes: Path,
     out: Path,
     ends: Sequence[int],
-    rope_theta: float | None = None,
     last_tokens: int | None = None,
 ) -> list[Row]:
     """Score a model; each document's row is written as soon as it is there.
@@ -154,7 +149,6 @@ def measure(
         probes: File of the documents.
         out: File of the rows.
         ends: Of the ranges of positions whose loss is told.
-        rope_theta: In the place of the model's own.
         last_tokens: The model is shown these alone of each document.
     """
     read = [json.loads(line) for line in probes.read_text().splitlines()]
@@ -164,7 +158,7 @@ def measure(
         print(f"{out.name}: kept", flush=True)
         return [json.loads(line) for line in out.read_text().splitlines()]
     started = time.perf_counter()
-    model = load(folder, rope_theta)
+    model = load(folder)
     rows: list[Row] = []
     for row in score(model, read, ends):
         rows.append(row)
@@ -183,10 +177,9 @@ def main(arguments: list[str] | None = None) -> None:
     options.add_argument("--probes", type=Path, required=True)
     options.add_argument("--out", type=Path, required=True, help="JSONL, a row a document")
     options.add_argument("--ends", type=int, nargs="+", default=[4096, 16384, 65536, 131072])
-    options.add_argument("--rope-theta", type=float, help="in the place of the model's own")
     options.add_argument("--last-tokens", type=int, help="show the model these alone of each document")
     args = options.parse_args(arguments)
-    rows = measure(args.model, args.probes, args.out, args.ends, args.rope_theta, args.last_tokens)
+    rows = measure(args.model, args.probes, args.out, args.ends, args.last_tokens)
     for row in (*by_distance(rows), *by_position(rows)):
         print(json.dumps(row))
 

@@ -72,7 +72,7 @@ def test_corpus_is_the_same_each_time_and_notes_are_asked(bench, tmp_path: Path)
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes(), name
     kinds = {(kind.notes, kind.words, kind.asks) for kind in shape.short_kinds}
     assert len(kinds) > 1
-    long = {(shape.long_notes, 4, 1)}
+    long = {(shape.long_notes, 4, shape.long_asks)}
     parts = (
         *(("copy", {shape.copy_kind[2:]}, 96), ("short", kinds, 256)),
         *(("long", long, 1024), ("heldout", long, 1024)),
