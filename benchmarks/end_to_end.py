@@ -6,6 +6,7 @@ python benchmarks/end_to_end.py --out DIR --lanes 4 --deadline-s 550 --phases tr
 python benchmarks/end_to_end.py --out DIR --only groups 'mini*'
 python benchmarks/end_to_end.py --out DIR --only 80gb-mini --phases longest --first-tokens 1550000
 python benchmarks/end_to_end.py --out DIR --shape tiny --lengths 64 128 --tries 1   # on a CPU, to see it work
+python benchmarks/end_to_end.py --out DIR --earlier benchmarks/results/end_to_end.json --lengths 131072
 python benchmarks/end_to_end.py --table DIR --bench bench.json --out benchmarks/results
 
 A setting is a process of its own. It writes DIR/SETTING.json after each number, and goes on from there when
@@ -24,6 +25,7 @@ from typing import Any
 import end_to_end_worker
 import lanes
 from decoder_model import NUM_LAYERS, SHAPES
+from end_to_end_row import is_over, write_row
 from end_to_end_rungs import PHASES, SETTINGS, Setting, add_options, timed
 from lanes import Lanes
 from transformers import LlamaConfig
@@ -90,7 +92,7 @@ def step_seconds(shape: str, num_layers: int) -> Callable[[int], float]:
     return lambda tokens: model_flops(model, [tokens]) / (ABOUT_TFLOPS * 1e12)
 
 
-def is_done(folder: Path, setting: Setting, phases: list[str]) -> bool:
+def is_done(folder: Path, setting: Setting, phases: list[str], lengths: list[int]) -> bool:
     """Whether all phases that it has are in its file, or that it cannot be had."""
     path = folder / f"{setting.name}.json"
     if not path.exists():
@@ -98,7 +100,22 @@ def is_done(folder: Path, setting: Setting, phases: list[str]) -> bool:
     row = json.loads(path.read_text())
     if row.get("note", "").startswith("left out"):
         return True
-    return all(phase in row.get("done", ()) for phase in phases if phase in setting.phases)
+    return all(is_over(row, phase, lengths) for phase in phases if phase in setting.phases)
+
+
+def put_earlier(path: Path, folder: Path) -> None:
+    """Rows of an earlier table as settings' files, where there are none, to go on from.
+
+    Raises:
+        SystemExit: It is no such table.
+    """
+    rows = json.loads(path.read_text()).get("rows", [])
+    if not rows or not all("name" in row for row in rows):
+        raise SystemExit(f"--earlier {path} has no rows of settings; give an end_to_end.json.")
+    for row in rows:
+        target = folder / f"{row['name']}.json"
+        if not target.exists():
+            write_row(target, row)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -107,6 +124,7 @@ def main(arguments: list[str] | None = None) -> None:
     )
     lanes.add_options(options)
     add_options(options)
+    options.add_argument("--earlier", type=Path, metavar="FILE", help="an end_to_end.json to go on from")
     options.add_argument("--table", type=Path, nargs="+", metavar="DIR", help="what is measured there")
     options.add_argument(
         "--bench", type=Path, nargs="+", metavar="FILE", default=[], help="what `longseq bench --json` wrote"
@@ -136,7 +154,10 @@ def main(arguments: list[str] | None = None) -> None:
         raise SystemExit("--out is missing: a folder for the results.")
     args.out = args.out.absolute()
     args.out.mkdir(parents=True, exist_ok=True)
-    Manager(args).run([one for one in settings if args.again or not is_done(args.out, one, phases)])
+    if args.earlier is not None:
+        put_earlier(args.earlier, args.out)
+    todo = [one for one in settings if args.again or not is_done(args.out, one, phases, args.lengths)]
+    Manager(args).run(todo)
 
 
 if __name__ == "__main__":

@@ -194,7 +194,8 @@ class Search:
     """Tries lengths until one that fits and one that does not are close."""
 
     def __init__(self, memory: Memory, tries: int, first: int | None = None) -> None:
-        self.memory, self.tries, self.first = memory, tries, first
+        self.memory, self.tries = memory, tries
+        self.first = 0 if first is None else on_grain(first)
         self.fits: int | None = None
         self.fails: int | None = None
         self.why: str | None = None
@@ -228,8 +229,8 @@ class Search:
     def _wanted(self) -> int | None:
         if self.fails is None:
             longest = self.fits or SMALL_TOKENS
-            if self.first is not None and self.first > longest:
-                return on_grain(self.first)
+            if self.first > longest:
+                return self.first
             return max(self.memory.guess(longest), a_step_above(longest))
         if self.fits is None:
             return on_grain(self.fails / 2)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,22 @@ class Kept:
     def write(self) -> None:
         """Keep what there is."""
         write_row(self.path, self.row)
+
+
+def lacks_times(row: Row, lengths: Sequence[int]) -> bool:
+    """Whether a length is neither timed nor known to have no room, as a shorter one has none."""
+    times = {time["tokens"]: time for time in row.get("times", ())}
+    for tokens in sorted(lengths):
+        if tokens not in times:
+            return True
+        if "note" in times[tokens]:
+            return False
+    return False
+
+
+def is_over(row: Row, phase: str, lengths: Sequence[int]) -> bool:
+    """Whether all of a phase is in the row."""
+    return phase in row.get("done", ()) and not (phase == "times" and lacks_times(row, lengths))
 
 
 def process_age_s() -> float:

@@ -16,7 +16,7 @@ import torch
 from decoder_anchors import MissingError
 from decoder_model import NUM_LAYERS, SHAPES, Budget, attempt, free
 from end_to_end_memory import LADDER, Memory, Search, placed, probe, saved, steer
-from end_to_end_row import Kept, Row, gib, process_age_s, write_row
+from end_to_end_row import Kept, Row, gib, is_over, process_age_s, write_row
 from end_to_end_step import GIB, LR, Card, Taken, Training, finite
 from transformers import LlamaConfig
 
@@ -82,7 +82,8 @@ class Worker(Kept):
             "train": self.train,
         }
         for name in self.args.phases:
-            if name in self.setting.phases and name not in self.row["done"]:
+            if name in self.setting.phases and not is_over(self.row, name, self.args.lengths):
+                self.row["done"] = [one for one in self.row["done"] if one != name]
                 if phases[name]():
                     self.row["done"].append(name)
                 self.write()
@@ -94,7 +95,10 @@ class Worker(Kept):
         self.warm_up()
         is_whole = True
         for tokens in sorted(self.args.lengths):
-            if any(row["tokens"] == tokens for row in self.row["times"]):
+            earlier = [row for row in self.row["times"] if row["tokens"] == tokens]
+            if any("note" in row for row in earlier):
+                break
+            if earlier:
                 continue
             repeats = self.args.repeats if tokens < rungs.LONG_TOKENS else 1
             warm_ups = 1 if self.rung.host_bytes is not None else 0

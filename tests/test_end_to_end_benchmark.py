@@ -381,9 +381,9 @@ def test_a_setting_goes_on_where_its_time_was_over(bench: dict[str, ModuleType],
     assert [one["tokens"] for one in row["times"]] == [32]
     assert row["left_out"] == ["times at 64: no time left"]
     assert row["done"] == []
-    assert not bench["end_to_end"].is_done(
-        tmp_path, SimpleNamespace(name="host", phases=("times",)), ["times"]
-    )
+    setting = SimpleNamespace(name="host", phases=("times", "longest"))
+    is_done = bench["end_to_end"].is_done
+    assert not is_done(tmp_path, setting, ["times"], [32])
     seconds = row["times"][0]["seconds"]
     row = run(bench, "host", tmp_path, row, "--tries", "1", "--train-minutes", "0")
     assert [one["tokens"] for one in row["times"]] == [32, 64]
@@ -395,11 +395,41 @@ def test_a_setting_goes_on_where_its_time_was_over(bench: dict[str, ModuleType],
     assert row["left_out"][-1].startswith("train at ")
     assert row["moves"]["loss_after"] != row["moves"]["loss_before"]
     assert "note" not in row
+    assert is_done(tmp_path, setting, ["times", "longest"], [32, 64])
+    assert not is_done(tmp_path, setting, ["times", "longest"], [32, 64, 96])
     # A search that was cut off goes on beyond what it has tried.
     row["done"].remove("longest")
     row = run(bench, "host", tmp_path, row, "--tries", "1", "--phases", "longest")
     assert [probe["tokens"] for probe in row["longest"]["probes"]][: len(tried)] == tried
     assert row["longest"]["tokens"] > max(tried)
+
+
+def test_lengths_are_added_to_an_earlier_table(
+    bench: dict[str, ModuleType], tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    times = [{"tokens": 32, "seconds": 1.0}, {"tokens": 64, "note": "out of memory"}]
+    rows = [
+        {"name": name, "done": ["times"], "times": times[:count]} for name, count in (("mst", 1), ("cce", 2))
+    ]
+    earlier = tmp_path / "end_to_end.json"
+    earlier.write_text(json.dumps({"rows": rows}))
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "mst.json").write_text(json.dumps(rows[0] | {"label": "measured here"}))
+    bench["end_to_end"].put_earlier(earlier, out)
+    assert json.loads((out / "mst.json").read_text())["label"] == "measured here"
+    assert json.loads((out / "cce.json").read_text()) == rows[1]
+    lacks = bench["end_to_end_row"].lacks_times
+    assert lacks(rows[0], [32, 64])
+    assert not lacks(rows[0], [32])
+    assert not lacks(rows[1], [32, 64, 96])  # where a shorter one has no room
+    row = run(bench, "mst", tmp_path, {})
+    row = run(bench, "mst", tmp_path, row, "--phases", "times", "--lengths", "32", "64", "96")
+    assert [one["tokens"] for one in row["times"]] == [32, 64, 96]
+    assert row["done"].count("times") == 1
+    earlier.write_text("{}")
+    with pytest.raises(SystemExit, match="has no rows of settings"):
+        bench["end_to_end"].put_earlier(earlier, out)
 
 
 def test_a_setting_that_fails_says_how(
