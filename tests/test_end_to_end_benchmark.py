@@ -281,8 +281,10 @@ def test_a_search_begins_where_it_is_told_to(bench: dict[str, ModuleType]) -> No
     assert first == made_up.memory_module.on_grain(200_000)
     search.took(made_up.row(first))
     assert search.next() > first
+    search = made_up.memory_module.Search(made_up.memory, 6, first=200_000)
+    search.took({"tokens": 16384})
     search.took({"tokens": first, "note": "out of memory"})
-    assert search.next() < first
+    assert 16384 < search.next() < first
 
 
 def test_a_probe_placed_by_room_adds_what_the_rungs_own_placement_takes(
