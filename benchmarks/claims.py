@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import report
+from bench_runs import conditions
 from claims_list import CLAIMS, Claim
 from claims_results import MissingError, Results
 
@@ -33,10 +34,10 @@ different machines unless the verdict says otherwise. The papers' numbers are fr
 repositories. Ours come out of the files beside this one, by `python benchmarks/claims.py`; none was typed.
 "reached": the number is as good as the claim's. "short by a factor of": how far it is off. "other machine": a
 number that depends on it, and is not compared. "not measured": there is no result of it."""
-LONGEST_NOTE = """The longest sequence of a full-parameter training step that `longseq bench` found on so many
-GPUs, as its own files say it. "Memory-verified, not trained": attention was stubbed, all memory was as it
-is. A sequence is shared by all GPUs of its row. "host_peak_gib" is of the process that took most,
-"host_memory_gib" what all of a machine were held to together."""
+LONGEST_NOTE = """The longest sequence of a full-parameter training step that was tried with `longseq bench`
+on so many GPUs, as its own files say it; longer ones may fit. "Memory-verified, not trained": attention was
+stubbed, all memory was as it is. A sequence is shared by all GPUs of its row. "host_peak_gib" is of the
+process that took most, "host_gib" what all of a machine were held to together."""
 Row = dict[str, Any]
 
 
@@ -82,14 +83,13 @@ def collect(paths: list[Path], out: Path) -> None:
         if found.get("note"):
             raise SystemExit(f"--longest: {path} did not end as it should: {found['note']}.")
         names = ("gpus", "tokens", "kind", "seconds", "tokens_per_second", "peak_gib", "reserved_gib")
-        names += ("host_peak_gib", "config", "overrides", "environment")
-        host_bytes = found.get("options", {}).get("host_bytes")
-        held = {"host_memory_gib": None if host_bytes is None else host_bytes / 2**30}
-        rows.append({name: found.get(name) for name in names} | held | {"file": path.name})
+        names += ("host_peak_gib", "config", "overrides", "memory_only", "environment")
+        kept = {name: found.get(name) for name in names}
+        rows.append(kept | conditions(found) | {"file": path.name})
     rows.sort(key=lambda row: (row["gpus"], row["tokens"]))
     shares = [row | {"tokens a GPU": row["tokens"] // row["gpus"]} for row in rows]
     columns = ("gpus", "tokens", "tokens a GPU", "kind", "seconds", "tokens_per_second", "peak_gib")
-    columns += ("host_peak_gib", "host_memory_gib", "config")
+    columns += ("host_peak_gib", "host_gib", "config")
     table = [
         {name: row[name] for name in columns}
         | {"overrides": f"`{' '.join(row['overrides'])}`", "device": row["environment"]["device"]}

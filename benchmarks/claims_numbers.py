@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-
+from bench_runs import command
 from claims_results import Found, MissingError, Results, Row, longest_tokens, reached, verdict_of_longest
 
 MIB = 2**20
@@ -20,14 +19,16 @@ SMALL_CARD, SMALL_CARD_GIB = "80gb-mini", 79.1
 
 def _on_small_card(results: Results) -> Row:
     """Our longest sequence on a card of 80 GB, of the ladder or of `longseq bench`."""
-    found = []
-    with contextlib.suppress(MissingError):
-        rung = results.one("end_to_end", name=SMALL_CARD)
-        found.append(rung | {"tokens": longest_tokens(rung), "state": verdict_of_longest(rung)})
-    for row in results.file("end_to_end").get("bench", ()):
+    kept = results.file("end_to_end")
+    found = [
+        row | {"tokens": longest_tokens(row), "state": verdict_of_longest(row), "command": None}
+        for row in kept["rows"]
+        if row["name"] == SMALL_CARD and "tokens" in row.get("longest", {})
+    ]
+    for row in kept.get("bench", ()):
         held = row["gpus"] == 1 and row.get("card_gib") is not None
         if held and row["card_gib"] <= SMALL_CARD_GIB and not row.get("note"):
-            found.append(row | {"state": row["kind"]})
+            found.append(row | {"state": row["kind"], "command": command(row)})
     if not found:
         raise MissingError(
             f"end_to_end.json has no longest sequence of {SMALL_CARD}, and no bench on its card"
@@ -48,7 +49,7 @@ def _beside(results: Results, other: str, wanted: float) -> Found:
         f"({ours['state']}; {verdict_of_longest(theirs)})"
     )
     numbers = {"tokens": tokens, "tokens before": before, "ratio": tokens / before}
-    return Found(text, reached(tokens / before, wanted), numbers)
+    return Found(text, reached(tokens / before, wanted), numbers, ours["command"])
 
 
 def longer_than_plain(results: Results) -> Found:
@@ -64,7 +65,7 @@ def sixty_thousand(results: Results) -> Found:
     tokens = row["tokens"]
     text = f"{tokens:,} tokens on a card that was held to {row['card_gib']:.1f} GiB, {row['optimizer']} "
     text += f"({row['state']})"
-    return Found(text, reached(tokens, 60_000), {"tokens": tokens})
+    return Found(text, reached(tokens, 60_000), {"tokens": tokens}, row["command"])
 
 
 def throughput_kept(results: Results) -> Found:
@@ -247,9 +248,8 @@ def perplexity(results: Results) -> Found:
 
 def linear_in_gpus(results: Results) -> Found:
     rows = results.all("longest", "tokens")
-    longest = {row["gpus"]: 0 for row in rows}
-    for row in rows:
-        longest[row["gpus"]] = max(longest[row["gpus"]], row["tokens"])
+    best = {row["gpus"]: row for row in sorted(rows, key=lambda row: row["tokens"])}
+    longest = {gpus: row["tokens"] for gpus, row in best.items()}
     fewest = min(longest)
     if len(longest) < 2:
         raise MissingError("longest.json has one number of GPUs alone")
@@ -257,11 +257,14 @@ def linear_in_gpus(results: Results) -> Found:
     text = ", ".join(f"{longest[gpus]:,} tokens on {gpus}" for gpus in shares) + " GPUs: "
     text += ", ".join(f"{share:.3g}" for gpus, share in shares.items() if gpus != fewest)
     text += f" of what {fewest} GPU{'s' if fewest > 1 else ''} would have in proportion"
+    if all(row.get("host_gib") for row in best.values()):
+        text += (
+            "; with " + ", ".join(f"{best[gpus]['host_gib']:.0f}" for gpus in shares) + " GiB of host memory"
+        )
     least = min(shares.values())
     verdict = "reached" if least >= AS_GOOD else reached(least, 1)
-    most = max(rows, key=lambda row: (row["gpus"], row["tokens"]))
-    command = " ".join(["longseq bench", most["config"], *most["overrides"]])
-    return Found(text, verdict, {str(gpus): tokens for gpus, tokens in longest.items()}, command)
+    numbers = {str(gpus): tokens for gpus, tokens in longest.items()}
+    return Found(text, verdict, numbers, command(best[max(best)]))
 
 
 def volume(results: Results) -> Found:

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import report
+from bench_runs import conditions, in_gib
 from end_to_end_plot import draw
 from end_to_end_rungs import SETTINGS, Setting
 
-GIB = 2**30
 LONG_TOKENS = 65536
 KEPT = (
     *("config", "overrides", "gpus", "tokens", "kind", "memory_only", "note", "environment"),
@@ -279,19 +279,11 @@ def bench_rows(files: list[Path]) -> list[Row]:
             raise SystemExit(
                 f"--bench {path}: it has no rows with `tokens`; give what `longseq bench` wrote."
             )
-        rows += [{"file": path.stem} | {name: row[name] for name in KEPT if name in row} for row in found]
-        for kept, row in zip(rows[-len(found) :], found, strict=True):
-            kept |= conditions(row)
+        rows += [
+            {"file": path.stem} | {name: row[name] for name in KEPT if name in row} | conditions(row)
+            for row in found
+        ]
     return rows
-
-
-def conditions(row: Row) -> Row:
-    """What a bench was held to, and its optimizer."""
-    options, optimizer = row.get("options", {}), row.get("keys", {}).get("optimizer", {})
-    held = {name: in_gib(options.get(f"{name}_bytes")) for name in ("gpu", "host")}
-    name = {"apollo-mini": "APOLLO-Mini", "adamw": "AdamW", "apollo": "APOLLO"}.get(optimizer.get("name"))
-    found = {"card_gib": held["gpu"], "host_gib": held["host"]}
-    return found | {"optimizer": f"{name} in backward" if name and optimizer.get("in_backward") else name}
 
 
 def shown_run(row: Row) -> Row:
@@ -307,8 +299,10 @@ def shown_run(row: Row) -> Row:
         "tokens": row["tokens"],
         "state": row.get("note") or state,
         "s": row.get("seconds"),
+        "planned s": row.get("planned_s"),
         "tokens/s": round(speed) if speed and not row.get("memory_only") else None,
         "peak GiB": row.get("peak_gib"),
+        "planned GiB": row.get("planned_gib"),
         "host GiB": row.get("host_pinned_gib"),
         "loss": (row.get("losses") or [None])[-1],
         "gradient norm": (row.get("norms") or [None])[-1],
@@ -340,8 +334,3 @@ def sequence_parallel_rows(path: Path) -> list[Row]:
         }
         for _, row in sorted(best.items())
     ]
-
-
-def in_gib(num_bytes: float | None) -> float | None:
-    """Bytes for a table."""
-    return None if num_bytes is None else num_bytes / GIB

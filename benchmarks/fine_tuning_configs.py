@@ -46,8 +46,10 @@ def short_config(shape: Shape) -> Row:
 
 def at_short_length(shape: Shape, run: str, source: Sequence[str], steps: int) -> Row:
     """All but the model."""
-    data = {"source": source, "tokenizer": "tokenizer", "eval_fraction": 0, "cache_dir": "cache"}
-    data |= {"num_workers": 1}  # these are tokens: they are read before other processes are up
+    data = {
+        **{"source": source, "tokenizer": "tokenizer", "eval_fraction": 0, "cache_dir": "cache"},
+        "num_workers": 1,  # these are tokens: they are read before other processes are up
+    }
     return {
         "data": data,
         # Everything is kept, nothing is computed twice: it is short, and is to be fast.

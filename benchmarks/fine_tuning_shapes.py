@@ -32,8 +32,8 @@ class Shape:
 
     Attributes:
         vocab_size: Of the tokenizer; `words` of these tokens are words of the notes alone.
-        initializer_range: Of the weights. Below `1 / sqrt(hidden_size)` copying comes late: with 0.02 the
-            full shape had not learned it after 1,000 steps, with 0.036 it had after 100.
+        initializer_range: Of the weights. Where it is much below `1 / sqrt(hidden_size)`, copying comes
+            late.
         max_text_mb: Of the installed packages' text, in the order of their names.
         copy_kind: The first run's documents. Copying is learned on them: they are short and little else than
             one long note four times over; where notes are many, and few tokens can be copied, it comes late.
@@ -45,7 +45,7 @@ class Shape:
         distances: From a note's code to where it is asked.
         asks_a_distance: In each of the probe's documents.
         buckets: Where the ranges of positions end whose loss is told.
-        rope_theta: Of all stages; with 1e4 a copy is not found at lengths that were not trained on.
+        rope_theta: Of all stages; with 1e4 a base model's loss is far off beyond the lengths it has seen.
         checkpoint_every: Steps of the second stage; it is killed `kill_after` its first checkpoint.
     """
 

@@ -144,6 +144,7 @@ def gap_rows(runs: Sequence[Row], notes: Sequence[Note]) -> list[Row]:
             {
                 "run": run["run"],
                 "before": "all others",
+                "after": None,
                 "s": small["s"],
                 "share": share,
                 "times": small["count"],

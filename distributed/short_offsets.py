@@ -4,8 +4,9 @@ A strided view reaches far beyond its own size. Of 350,000 tokens, a Llama-3-8B 
 one projection's output, whose last row begins 2.1e9 elements behind the first; so are 16 columns of a hundred
 of another. Where 2^31 is passed, a kernel that multiplies row and stride in 32 bits reads somewhere else, and
 nobody is told: flash-attn-4's backward did with gradients of the output (its issue 2611), and cuDNN's does
-with the same tensor, no other (benchmarks/results/attention_offsets.md; cuDNN of torch 2.11 on an H200). A
-step of 750,000 tokens had a gradient norm of 8e9 by it, where one of 524,288 was right.
+with the same tensor, not with queries, keys and values (benchmarks/results/attention_offsets.md; cuDNN of
+torch 2.11 on an H200; an output that reaches far was not tried). A step of 750,000 tokens, where that tensor
+reached 2.7e9, had a gradient norm of 8e9, and one of 524,288 was right.
 
 So tensors that reach as far, whichever they are, are taken by one key/value head at a time, with the query
 heads that read it (or by one query head, if these are too large together), and are copied for that, a head's

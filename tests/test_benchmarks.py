@@ -425,3 +425,30 @@ def test_the_picture_has_a_line_a_variant(decoder, tmp_path: Path) -> None:
     (tmp_path / "decoder.json").write_text(json.dumps({"rows": rows}))
     plot.main([str(tmp_path / "decoder.json")])
     assert {path.name for path in tmp_path.iterdir()} == {"decoder.json", "decoder.png"}
+
+
+def test_a_kernel_that_loses_far_elements_is_told_from_longseqs_call_of_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from longseq.distributed import short_offsets
+    from longseq.distributed.attention_kernels import CPU
+
+    def backward(grad_out: torch.Tensor, *others: object) -> tuple[torch.Tensor, ...]:
+        far = short_offsets.last_offset(grad_out) > short_offsets.MOST_OFFSET
+        return CPU.backward(torch.zeros_like(grad_out) if far else grad_out, *others)
+
+    (module,) = (
+        found["attention_offsets"] for found in imported(monkeypatch, ("report", "attention_offsets"))
+    )
+    monkeypatch.setattr(module, "LENGTH", 33)
+    monkeypatch.setattr(short_offsets, "MOST_OFFSET", 33 * 600)
+    rows = [
+        row
+        for far in ("g", "k")
+        for elements in (512, 1024)
+        for row in module.measure(CPU._replace(backward=backward), elements, far, "cpu")
+    ]
+    wrong = [(row["far"], row["kernel"]) for row in rows if max(row["grads"]) > 0.01]
+    assert wrong == [("g", "cuDNN")]
+    module.keep(rows, tmp_path)
+    assert "| gradient of the output | 33,0" in (tmp_path / "attention_offsets.md").read_text()

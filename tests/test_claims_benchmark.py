@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from benchmark_modules import BENCHMARKS, imported
 
-NAMES = ("report", "claims_results", "claims_numbers", "claims_list", "claims")
+NAMES = ("report", "bench_runs", "claims_results", "claims_numbers", "claims_list", "claims")
 ENVIRONMENT = {"device": "a GPU", "date": "2020-02-02", "versions": {}}
 
 
@@ -76,6 +76,7 @@ def test_longest_sequences_on_a_small_card(claims, tmp_path: Path) -> None:
     assert rows["MST throughput-kept"]["verdict"] == "reached"
     assert rows["MST throughput-kept"]["ours"] == "98 against 100 tokens/s at 16 tokens: 0.98 times"
     run = {"gpus": 1, "tokens": 70_000, "kind": "memory-verified, not trained", "environment": ENVIRONMENT}
+    run |= {"config": "mini", "overrides": ["sequence.length=70000"], "memory_only": True, "host_gib": 115.0}
     runs = [
         run | {"card_gib": 79.0999, "optimizer": "APOLLO-Mini in backward"},
         run | {"card_gib": None, "tokens": 90_000},  # of the whole card
@@ -87,6 +88,9 @@ def test_longest_sequences_on_a_small_card(claims, tmp_path: Path) -> None:
     assert rows["MST 60k"]["verdict"] == "reached"
     assert rows["MST 60k"]["ours"].startswith("70,000 tokens on a card that was held to 79.1 GiB")
     assert rows["MST 60k"]["ours"].endswith("(memory-verified, not trained)")
+    assert rows["MST 60k"]["command"] == (
+        "longseq bench mini sequence.length=70000 --memory-only --gpu-memory 79.1G --host-memory 115G"
+    )
     assert (
         rows["MST longer-than-checkpoints"]["why"] == "end_to_end.json has no longest sequence of 80gb-plain"
     )

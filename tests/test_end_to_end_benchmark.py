@@ -25,7 +25,7 @@ from longseq.launch.bench.stub_products import StubProducts
 NAMES = (
     *("report", "lanes", "decoder_model", "decoder_anchors", "decoder_variants"),
     *("end_to_end_rungs", "end_to_end_step", "end_to_end_memory", "end_to_end_row"),
-    *("end_to_end_worker",),
+    *("end_to_end_worker", "bench_runs"),
     *("end_to_end_plot", "end_to_end_table", "end_to_end"),
 )
 TOKENS = 96
@@ -406,9 +406,7 @@ def test_a_setting_goes_on_where_its_time_was_over(bench: dict[str, ModuleType],
     assert row["longest"]["tokens"] > max(tried)
 
 
-def test_lengths_are_added_to_an_earlier_table(
-    bench: dict[str, ModuleType], tmp_path: Path, capsys: pytest.CaptureFixture
-) -> None:
+def test_lengths_are_added_to_an_earlier_table(bench: dict[str, ModuleType], tmp_path: Path) -> None:
     times = [{"tokens": 32, "seconds": 1.0}, {"tokens": 64, "note": "out of memory"}]
     rows = [
         {"name": name, "done": ["times"], "times": times[:count]} for name, count in (("mst", 1), ("cce", 2))
@@ -626,10 +624,11 @@ def test_the_table_has_speeds_lengths_and_differences(
     for row in rows:
         (tmp_path / f"{row['name']}.json").write_text(json.dumps(row))
     run_of_bench = {"tokens": 1048576, "gpus": 2, "overrides": ["parallel.ulysses_degree=2"]}
-    run_of_bench |= {"config": "llama3.yaml", "seconds": 500.0, "tokens_per_second": 2097.2, "keys": {"a": 1}}
+    run_of_bench |= {"config": "llama3.yaml", "seconds": 500.0, "tokens_per_second": 2097.2}
     run_of_bench |= {"peak_gib": 120.5, "host_pinned_gib": 39.25, "losses": [10.5], "norms": [5.5]}
     run_of_bench["keys"] = {"optimizer": {"name": "apollo-mini", "in_backward": True}}
     run_of_bench["options"] = {"gpu_bytes": 79 * GIB, "host_bytes": None}
+    run_of_bench["plan"] = {"seconds": 490.0, "peak_gib": 121.5}
     (tmp_path / "two.json").write_text(json.dumps(run_of_bench))
     table = bench["end_to_end_table"]
     table.collect([tmp_path], [tmp_path / "two.json"], tmp_path / "out")
@@ -648,7 +647,7 @@ def test_the_table_has_speeds_lengths_and_differences(
     assert f"| + 8 groups of heads | AdamW | {lengths.format('memory-verified')}" in shown
     assert f"| + attention saved | AdamW | {lengths.format('that of + 8 groups of heads')}" in shown
     assert "a card of 79.1 GiB, emulated on one NVIDIA H200" in shown
-    of_bench = "1,048,576 | trained | 500 | 2,097 | 120.5 | 39.25 | 10.5 | 5.5 |"
+    of_bench = "1,048,576 | trained | 500 | 490 | 2,097 | 120.5 | 121.5 | 39.25 | 10.5 | 5.5 |"
     held = "2 | 79 | - | APOLLO-Mini in backward"
     assert f"| llama3.yaml parallel.ulysses_degree=2 | {held} | {of_bench}" in shown
     assert (tmp_path / "out" / "end_to_end.png").stat().st_size > 10_000

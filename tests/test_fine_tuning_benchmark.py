@@ -323,6 +323,7 @@ def test_steps_taken_again_are_compared(bench) -> None:
     found = compare(before, again)
     assert (found["equal"], found["largest_difference"]) == (False, 0.25)
     assert compare(before[:1], again)["equal"] is False  # nothing was taken again: nothing is shown
+    assert compare(before, again[:2])["steps_again"] == [2]  # it was stopped before it had come as far
 
 
 def test_a_run_is_killed_only_behind_a_whole_checkpoint(bench, tmp_path: Path) -> None:
