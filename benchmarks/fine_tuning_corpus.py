@@ -111,7 +111,7 @@ def parts_of(
 ) -> Iterator[Part]:
     """A package in parts that take a process some seconds."""
     as_json = tokenizer.to_str()
-    wanted = shape.copy_tokens / shape.copy_kind.tokens / characters_in_all
+    wanted = shape.copy_tokens / shape.copy_kinds[0].tokens / characters_in_all
     some: list[str] = []
     number = characters = 0
     for text in texts:
@@ -129,7 +129,7 @@ def cut(part: Part) -> Cut:
     lines = split_lines(tokenizer, part.texts)
     runs = (
         # Lines would leave few different distances, which a model learns in the place of copying.
-        ("copy", single_tokens(lines), (shape.copy_kind,), "input_ids", part.copy_documents),
+        ("copy", single_tokens(lines), shape.copy_kinds, "input_ids", part.copy_documents),
         ("short", lines, shape.short_kinds, "input_ids", None),
         ("long", lines, (shape.long_kind,), "text", None),
     )

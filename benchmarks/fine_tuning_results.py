@@ -22,8 +22,8 @@ download where this runs. The text is source code and documentation of installed
 with random codes were planted in all of it**, and asked for later in the same document, in both stages:
 they are what shows whether training at full length teaches a small model to look far back in a few dozen
 steps. A note is a line of made-up words, drawn anew for each document, so that seeing a document twice
-tells nothing of others. The base model is first trained on documents that are little else than one note
-four times over, from which copying is learned, then on text. Held-out documents are of other packages; the
+tells nothing of others. The base model is first trained on documents that are little else than notes and
+their questions, from which copying is learned, then on text. Held-out documents are of other packages; the
 probe asks what they noted so many tokens before. A code of 4 words is found if each word is the likeliest
 token, given those before it. The control is the same document without its notes; guessing among all the
 words costs the logarithm of their number (the table says how many there are). The rotary base is that of

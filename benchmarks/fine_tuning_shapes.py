@@ -35,8 +35,9 @@ class Shape:
         initializer_range: Of the weights. Where it is much below `1 / sqrt(hidden_size)`, copying comes
             late.
         max_text_mb: Of the installed packages' text, in the order of their names.
-        copy_kind: The first run's documents. Copying is learned on them: they are short and little else than
-            one long note four times over; where notes are many, and few tokens can be copied, it comes late.
+        copy_kinds: The first run's documents. Copying is learned on them: they are short and little else than
+            notes that are asked. Where notes are many, and few tokens can be copied, it comes late; one long
+            note four times over is learned first, but can be found by its place in the line alone.
         copy_tokens: Of these documents, about; more steps than they fill see them again.
         short_kinds: The documents of the run that goes on from it, beside the first run's. It learns text,
             and copying in it.
@@ -59,7 +60,7 @@ class Shape:
     initializer_range: float
     words: int
     short_length: int
-    copy_kind: Kind
+    copy_kinds: tuple[Kind, ...]
     copy_tokens: int
     copy_steps: int
     short_kinds: tuple[Kind, ...]
@@ -103,7 +104,10 @@ SHAPES = {
         initializer_range=0.036,
         words=2048,
         short_length=4096,
-        copy_kind=Kind(1, 96, notes=1, words=12, asks=3),
+        copy_kinds=(
+            Kind(1, 96, notes=1, words=12, asks=3),
+            Kind(1, 128, notes=3, words=CODE_WORDS, asks=2),
+        ),
         copy_tokens=10_000_000,
         copy_steps=300,
         short_kinds=(
@@ -113,13 +117,13 @@ SHAPES = {
         ),
         short_tokens=40_000_000,
         short_batch=8,
-        short_steps=2400,
+        short_steps=2600,
         short_lr=2e-3,
         short_warmup=100,
         long_length=131072,
         long_notes=384,
-        long_asks=4,
-        long_steps=50,
+        long_asks=8,
+        long_steps=120,
         long_lr=6e-4,
         long_warmup=4,
         train_documents=60,
@@ -144,7 +148,10 @@ SHAPES = {
         initializer_range=0.08,
         words=128,
         short_length=256,
-        copy_kind=Kind(1, 96, notes=1, words=12, asks=3),
+        copy_kinds=(
+            Kind(1, 96, notes=1, words=12, asks=3),
+            Kind(1, 96, notes=2, words=CODE_WORDS, asks=1),
+        ),
         copy_tokens=20_000,
         copy_steps=4,
         short_kinds=(
