@@ -2,9 +2,11 @@
 
 python benchmarks/claims.py --results benchmarks/results --out benchmarks/results
 python benchmarks/claims.py --longest ONE.json TWO.json FOUR.json --out benchmarks/results  # of longseq bench
+python benchmarks/claims.py --longest benchmarks/results/longest.json FOUR.json --out benchmarks/results
 
 No number of ours is typed: a claim whose file is missing, or lacks the row, says "not measured". The second
-form puts what `longseq bench --json` wrote about longest sequences into `longest.json`, then makes the table.
+form puts what `longseq bench --json` wrote about longest sequences into `longest.json`, then makes the table;
+the third adds to it.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import report
-from bench_runs import conditions
+from bench_runs import conditions, read
 from claims_list import CLAIMS, Claim
 from claims_results import MissingError, Results
 
@@ -72,20 +74,20 @@ def collect(paths: list[Path], out: Path) -> None:
     """Put the files of `longseq bench --json` together, as `longest.json` and `longest.md`.
 
     Raises:
-        SystemExit: A file of a bench that has not ended, or of none.
+        SystemExit: A run that has not ended, or a file of none.
     """
     rows = []
-    for path in paths:
-        found = json.loads(path.read_text())
-        lacking = [name for name in ("gpus", "tokens", "kind", "environment") if name not in found]
+    for found in read(paths):
+        name = found["file"]
+        lacking = [key for key in ("gpus", "kind", "environment") if key not in found]
         if lacking:
-            raise SystemExit(f"--longest: {path} is no file of `longseq bench --json`: no {lacking[0]}.")
+            raise SystemExit(f"--longest: {name} is no run of `longseq bench --json`: no {lacking[0]}.")
         if found.get("note"):
-            raise SystemExit(f"--longest: {path} did not end as it should: {found['note']}.")
-        names = ("gpus", "tokens", "kind", "seconds", "tokens_per_second", "peak_gib", "reserved_gib")
+            raise SystemExit(f"--longest: {name} did not end as it should: {found['note']}.")
+        names = ("file", "gpus", "tokens", "kind", "seconds", "tokens_per_second", "peak_gib", "reserved_gib")
         names += ("host_peak_gib", "config", "overrides", "memory_only", "environment")
         kept = {name: found.get(name) for name in names}
-        rows.append(kept | conditions(found) | {"file": path.name})
+        rows.append(kept | conditions(found))
     rows.sort(key=lambda row: (row["gpus"], row["tokens"]))
     shares = [row | {"tokens a GPU": row["tokens"] // row["gpus"]} for row in rows]
     columns = ("gpus", "tokens", "tokens a GPU", "kind", "seconds", "tokens_per_second", "peak_gib")

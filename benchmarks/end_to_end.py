@@ -7,7 +7,7 @@ python benchmarks/end_to_end.py --out DIR --only groups 'mini*'
 python benchmarks/end_to_end.py --out DIR --only 80gb-mini --phases longest --first-tokens 1550000
 python benchmarks/end_to_end.py --out DIR --shape tiny --lengths 64 128 --tries 1   # on a CPU, to see it work
 python benchmarks/end_to_end.py --out DIR --earlier benchmarks/results/end_to_end.json --lengths 131072
-python benchmarks/end_to_end.py --table DIR --bench bench.json --out benchmarks/results
+python benchmarks/end_to_end.py --table DIR --bench benchmarks/results/end_to_end.json NEW.json --out DIR
 
 A setting is a process of its own. It writes DIR/SETTING.json after each number, and goes on from there when
 it is asked for again; what is there is left out, unless --again.
@@ -127,7 +127,12 @@ def main(arguments: list[str] | None = None) -> None:
     options.add_argument("--earlier", type=Path, metavar="FILE", help="an end_to_end.json to go on from")
     options.add_argument("--table", type=Path, nargs="+", metavar="DIR", help="what is measured there")
     options.add_argument(
-        "--bench", type=Path, nargs="+", metavar="FILE", default=[], help="what `longseq bench --json` wrote"
+        "--bench",
+        type=Path,
+        nargs="+",
+        metavar="FILE",
+        default=[],
+        help="`longseq bench --json`, or an earlier table",
     )
     args = options.parse_args(arguments)
     if args.table is not None:

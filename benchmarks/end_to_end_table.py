@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import report
-from bench_runs import conditions, in_gib
+from bench_runs import conditions, in_gib, read
 from end_to_end_plot import draw
 from end_to_end_rungs import SETTINGS, Setting
 
 LONG_TOKENS = 65536
 KEPT = (
-    *("config", "overrides", "gpus", "tokens", "kind", "memory_only", "note", "environment"),
+    *("file", "config", "overrides", "gpus", "tokens", "kind", "memory_only", "note", "environment"),
     *("seconds", "tokens_per_second", "model_tflops_per_gpu", "losses", "norms"),
     *("peak_gib", "reserved_gib", "device_used_gib", "host_pinned_gib"),
 )
@@ -266,24 +266,8 @@ def losses_of(row: Row) -> list[Row]:
 
 
 def bench_rows(files: list[Path]) -> list[Row]:
-    """Of `longseq bench --json`: a list of rows, an object that has them, or one row.
-
-    Raises:
-        SystemExit: A file has none.
-    """
-    rows: list[Row] = []
-    for path in files:
-        found = json.loads(path.read_text())
-        found = found.get("rows", [found]) if isinstance(found, dict) else found
-        if not found or not all(isinstance(row, dict) and "tokens" in row for row in found):
-            raise SystemExit(
-                f"--bench {path}: it has no rows with `tokens`; give what `longseq bench` wrote."
-            )
-        rows += [
-            {"file": path.stem} | {name: row[name] for name in KEPT if name in row} | conditions(row)
-            for row in found
-        ]
-    return rows
+    """Runs of `longseq bench`, without the whole of their configs."""
+    return [{name: row[name] for name in KEPT if name in row} | conditions(row) for row in read(files)]
 
 
 def shown_run(row: Row) -> Row:

@@ -210,7 +210,8 @@ def write_heldout(shape: Shape, work: Path, tokenizer: Tokenizer, heldout: dict[
     """`heldout.jsonl`, and `probes.jsonl`: documents that ask at their end what they noted before it.
 
     A row of the probes has the tokens `ids` of the document, `control` without its notes, and `asks`: for
-    each the wished and the exact distance, and `from_end`, how many tokens from the end its code begins.
+    each the wished and the exact distance, and how many tokens from the end its code begins, `from_end` in
+    the document and `control_from_end` in the control, which lacks notes behind it, too.
     """
     whole, rows = [], []
     for name, lines in heldout.items():
@@ -255,6 +256,9 @@ def probe(
             "wished_tokens": distance,
             "distance_tokens": ask.distances[0],
             "from_end": len(ids) - ask.asked_at[0],
+            "control_from_end": len(ids)
+            - ask.asked_at[0]
+            - sum(other.note_at > ask.asked_at[0] for other in asks) * notes.size(NOTE, CODE_WORDS),
         }
         for ask, distance in zip(asks, wished, strict=True)
     ]

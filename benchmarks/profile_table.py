@@ -2,6 +2,7 @@
 
 longseq bench CONFIG --profile --json RUN.json
 python benchmarks/profile_table.py RUN.json OTHER.json --notes notes.yaml --out benchmarks/results
+python benchmarks/profile_table.py benchmarks/results/profile.json NEW.json --notes notes.yaml --out DIR
 
 The notes say why. Names of kernels and runs may have wildcards, and the first that fits is taken:
 
@@ -41,13 +42,28 @@ Note = dict[str, str]
 Row = dict[str, Any]
 
 
-def load(path: Path) -> Row:
-    """A run's name, tokens and profile.
+def load(paths: Sequence[Path]) -> list[Row]:
+    """Runs of files and of earlier tables, whose runs of the same name are replaced.
 
     Raises:
-        SystemExit: The file has no profile, or one that was not made on a GPU.
+        SystemExit: Two files of one name, or one without a profile, or with one that was not made on a GPU.
     """
-    found = json.loads(path.read_text())
+    runs: dict[str, Row] = {}
+    named: list[str] = []
+    for path in paths:
+        found = json.loads(path.read_text())
+        if "rows" in found:
+            runs |= {row["run"]: row for row in found["rows"]}
+            continue
+        named.append(path.stem)
+        runs[path.stem] = run_of(path, found)
+    if len(set(named)) < len(named):
+        raise SystemExit(f"A run is named as its file; {', '.join(named)} has a name twice, so rename one.")
+    return list(runs.values())
+
+
+def run_of(path: Path, found: Row) -> Row:
+    """A run's name, tokens and profile."""
     if not found.get("profile", {}).get("on_gpu"):
         raise SystemExit(
             f"{path} has no profile of a GPU; `longseq bench CONFIG --profile --json FILE` writes one."
@@ -180,13 +196,15 @@ def verdicts(runs: Sequence[Row], gaps: Sequence[Row], notes: Sequence[Note]) ->
 
 def main(arguments: list[str] | None = None) -> None:
     parser = report.arguments(__doc__.splitlines()[0])
-    parser.add_argument("json", type=Path, nargs="+", help="what `longseq bench --profile --json` wrote")
+    parser.add_argument(
+        "json",
+        type=Path,
+        nargs="+",
+        help="`longseq bench --profile --json`, or an earlier table",
+    )
     parser.add_argument("--notes", type=Path, help="YAML: a human's words for gaps and runs")
     args: argparse.Namespace = parser.parse_args(arguments)
-    names = [path.stem for path in args.json]
-    if len(set(names)) < len(names):
-        raise SystemExit(f"A run is named as its file; {', '.join(names)} has a name twice, so rename one.")
-    runs = [load(path) for path in args.json]
+    runs = load(args.json)
     notes = load_notes(args.notes)
     gaps = gap_rows(runs, notes["gaps"])
     judged = verdicts(runs, gaps, notes["runs"])

@@ -56,9 +56,11 @@ def scores(model: Any, hidden: Tensor, ids: Tensor, places: Tensor) -> tuple[Ten
     return torch.cat(losses), torch.cat(found)
 
 
-def code_scores(model: Any, hidden: Tensor, ids: Tensor, asks: Sequence[Row]) -> list[tuple[float, bool]]:
+def code_scores(
+    model: Any, hidden: Tensor, ids: Tensor, asks: Sequence[Row], from_end: str = "from_end"
+) -> list[tuple[float, bool]]:
     """Mean NLL of each asked code's tokens, and whether all of them are found."""
-    starts = torch.tensor([len(ids) - ask["from_end"] for ask in asks], device=ids.device)
+    starts = torch.tensor([len(ids) - ask[from_end] for ask in asks], device=ids.device)
     places = starts[:, None] + torch.arange(len(asks[0]["code"]), device=ids.device)
     loss, found = scores(model, hidden, ids, places.flatten())
     losses = loss.reshape(places.shape).mean(1).tolist()
@@ -82,7 +84,7 @@ def score(model: Any, probes: Sequence[Row], ends: Sequence[int]) -> Iterator[Ro
     for probe in probes:
         noted = code_scores(model, *run(model, probe["ids"]), probe["asks"])
         hidden, ids = run(model, probe["control"])
-        control = code_scores(model, hidden, ids, probe["asks"])
+        control = code_scores(model, hidden, ids, probe["asks"], "control_from_end")
         sums = position_losses(model, hidden, ids, ends)
         yield {
             "asks": [

@@ -206,6 +206,10 @@ def test_longest_sequences_by_gpus(claims, tmp_path: Path) -> None:
     assert row["command"] == "longseq bench my.yaml sequence.length=max"
     kept = json.loads((results / "longest.json").read_text())["rows"]
     assert [(one["gpus"], one["tokens a GPU"]) for one in kept] == [(1, 100), (2, 25), (2, 98), (4, 97)]
+    claims["claims"].main([*arguments[:5], str(results / "longest.json"), str(bench_file(tmp_path, 8, 700))])
+    more = json.loads((results / "longest.json").read_text())["rows"]
+    assert more[:-1] == kept
+    assert more[-1]["tokens"] == 700
     files[0] = bench_file(tmp_path, 4, 320)
     claims["claims"].main([*arguments[:5], *map(str, files)])
     assert table(claims, results)["MST linear-in-gpus"]["verdict"] == "short by a factor of 1.25"

@@ -651,8 +651,15 @@ def test_the_table_has_speeds_lengths_and_differences(
     held = "2 | 79 | - | APOLLO-Mini in backward"
     assert f"| llama3.yaml parallel.ulysses_degree=2 | {held} | {of_bench}" in shown
     assert (tmp_path / "out" / "end_to_end.png").stat().st_size > 10_000
+    (tmp_path / "four.json").write_text(json.dumps(run_of_bench | {"gpus": 4}))
+    of_bench = [tmp_path / "out" / "end_to_end.json", tmp_path / "four.json"]
+    table.collect([tmp_path], of_bench, tmp_path / "more")
+    assert json.loads((tmp_path / "more" / "end_to_end.json").read_text())["bench"] == [
+        kept["bench"][0],
+        kept["bench"][0] | {"file": "four", "gpus": 4},
+    ]
     with pytest.raises(SystemExit, match="no measured setting"):
         table.collect([tmp_path / "out"], [], None)
     (tmp_path / "two.json").write_text("{}")
-    with pytest.raises(SystemExit, match="it has no rows with `tokens`"):
+    with pytest.raises(SystemExit, match=r"two\.json has no rows with `tokens`"):
         table.collect([tmp_path], [tmp_path / "two.json"], None)

@@ -141,7 +141,7 @@ def test_tokens_are_those_of_the_saved_tokenizer(bench, tmp_path: Path) -> None:
             assert (
                 abs(ask["distance_tokens"] - ask["wished_tokens"]) < 80
             )  # planted lines, and one of the text
-            assert control[len(control) - ask["from_end"] :][:4] == ask["code"]
+            assert control[len(control) - ask["control_from_end"] :][:4] == ask["code"]
             for word in (ask["name"], *ask["code"]):
                 assert whole.count(word) == 2
                 assert control.count(word) == 1
@@ -255,7 +255,7 @@ def drawn_probe(distances: Sequence[int]) -> dict:
             some[asked_at - 3 : asked_at + 8] = planted
         ids[asked_at - distance - 3 : asked_at - distance + 8] = planted
         ask = {"code": "12345678", "wished_tokens": distance, "distance_tokens": distance}
-        asks.append({**ask, "from_end": length - asked_at})
+        asks.append({**ask, "from_end": length - asked_at, "control_from_end": length - asked_at})
     return {"ids": ids, "control": control, "asks": asks}
 
 

@@ -34,6 +34,7 @@ def kept(path: Path, norm_ms: int, wait_ms: int) -> Path:
     calls = [Event((1000 - norm_ms - wait_ms) * MS, 1000 * MS, "cudaMalloc")]
     profile = taken_apart(Recording(events, calls, 0, 1000 * MS)).as_json()
     facts = {"tokens": 65536, "gpus": 1, "seconds": 0.99, "environment": here()}
+    path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps(facts | {"profile": profile}))
     return path
 
@@ -60,6 +61,12 @@ def test_runs_stand_side_by_side_and_gaps_ask_for_words(bench, tmp_path: Path, c
     assert "2 cells lack words" in capsys.readouterr().out
     saved = json.loads((tmp_path / "profile.json").read_text())
     assert [one["run"] for one in saved["rows"]] == ["good", "bad"]
+    mended = kept(tmp_path / "later" / "bad.json", 50, 10)
+    bench.main([str(tmp_path / "profile.json"), str(mended), "--out", str(tmp_path / "later")])
+    later = json.loads((tmp_path / "later" / "profile.json").read_text())["rows"]
+    assert later[0] == saved["rows"][0]
+    assert (later[1]["run"], len(later)) == ("bad", 2)
+    assert later[1]["beside_products_and_attention"] == pytest.approx(0.06)
 
 
 def test_words_stand_beside_what_they_explain(bench, tmp_path: Path, capsys) -> None:
