@@ -19,6 +19,8 @@ KEPT = (
 )
 """Of a row of `longseq bench`, which holds the whole config too."""
 SEQUENCE_PARALLEL = Path(__file__).with_name("results") / "sequence_parallel.json"
+NO_PLACEMENT = "ValueError: The checkpoints of"
+"""How `longseq.mst` begins to say that it found no place for layers' inputs."""
 ANCHORS = ("liger", "alst", "alst-host", "mini-s")
 Row = dict[str, Any]
 
@@ -244,6 +246,8 @@ def above(row: Row, found: Row) -> str | None:
     fails, why = found.get("fails_tokens"), found.get("why")
     if fails is None:
         return why or "longer ones not tried"
+    if why is not None and why.startswith(NO_PLACEMENT):
+        why = "inputs have no room on the GPU and the host together"
     text = f"{fails:,}" if why in (None, "out of memory") else f"{fails:,} ({why})"
     return text if "longest" in row.get("done", ("longest",)) else f"{text}, none tried between"
 
