@@ -5,10 +5,10 @@ python benchmarks/fine_tuning.py --work DIR --out DIR/results --stages long,prob
 python benchmarks/fine_tuning.py --work DIR --out DIR/results --shape tiny             # on a CPU
 
 Stages: `corpus` makes text (`fine_tuning_corpus.py`); `copy` trains a small Llama from random weights to
-copy, and `short` trains it on with text, both at 4,096 tokens; `long` prepares, plans and trains it on at
-131,072, is killed after a checkpoint, goes on by the same command, and exports; `probe` asks both models for
-what stood so many tokens before (`retrieval.py`). Each leaves what it found in --work, and the tables in
---out are written anew after each command.
+copy, `look` trains it on to look for what it copies, and `short` in longer documents, all three at 4,096
+tokens; `long` prepares, plans and trains it on at 131,072, is killed after a checkpoint, goes on by the same
+command, and exports; `probe` asks both models for what stood so many tokens before (`retrieval.py`). Each
+leaves what it found in --work, and the tables in --out are written anew after each command.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ import fine_tuning_results
 import report
 import retrieval
 import torch
-from fine_tuning_configs import copy_config, long_config, short_config, write_yaml
-from fine_tuning_shapes import SHAPES
+from fine_tuning_configs import base_config, long_config, write_yaml
+from fine_tuning_shapes import BASE, SHAPES
 from fine_tuning_story import STAGES, Story, stop_when
 
 from longseq.launch.metric_records import read_metrics
@@ -53,8 +53,8 @@ def corpus(story: Story) -> None:
 def base(story: Story, allowed_s: float) -> None:
     """The stage's run at short length and its model; one that is cut short is exported as it is."""
     name = story.stage
-    run, config = story.work / "runs" / name, {"copy": copy_config, "short": short_config}[name]
-    write_yaml(story.work / f"{name}.yaml", config(story.shape))
+    run = story.work / "runs" / name
+    write_yaml(story.work / f"{name}.yaml", base_config(story.shape, name))
     is_over = lambda seconds: seconds > allowed_s or story.left_s < LONG_S + PROBE_S  # noqa: E731
     story.longseq("train", f"{name}.yaml", watch=stop_when(run, is_over))
     found = run_facts(run, story.shape.short_length)
@@ -198,14 +198,14 @@ def main(arguments: list[str] | None = None) -> None:
         "--deadline-s", type=float, default=3600, help="the second stage has fewer steps then"
     )
     options.add_argument(
-        "--short-s",
+        "--base-s",
         type=float,
         default=200,
-        help="`copy` and `short` are stopped so long after a first step",
+        help=f"{', '.join(BASE)} are stopped so long after a first step",
     )
-    for stage in ("copy", "short", "long"):
-        options.add_argument(f"--{stage}-steps", type=int, help="in the place of the shape's")
-    for stage in ("short", "long"):
+    options.add_argument("--base-steps", type=int, nargs=len(BASE), help="in the place of the shape's")
+    options.add_argument("--long-steps", type=int, help="in the place of the shape's")
+    for stage in ("base", "long"):
         options.add_argument(f"--{stage}-lr", type=float, help="in the place of the shape's")
     args = options.parse_args(arguments)
     stages = args.stages.split(",")
@@ -218,8 +218,8 @@ def main(arguments: list[str] | None = None) -> None:
         if stage not in stages:
             continue
         story.begin(stage)
-        if stage in ("copy", "short"):
-            base(story, args.short_s)
+        if stage in BASE:
+            base(story, args.base_s)
         else:
             {"corpus": corpus, "long": long, "probe": probe}[stage](story)
     fine_tuning_results.write(story.facts, story.work, story.out)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +15,39 @@ def write_yaml(path: Path, config: Row) -> None:
     path.write_text(yaml.safe_dump(config, sort_keys=False, default_flow_style=None, width=110))
 
 
-def copy_config(shape: Shape) -> Row:
-    """A run from random weights, on documents to learn copying on."""
-    model = {
+def base_config(shape: Shape, name: str) -> Row:
+    """A run of the base model: from random weights, or from the run before it."""
+    names = [run.name for run in shape.base]
+    number = names.index(name)
+    run, is_last = shape.base[number], number == len(names) - 1
+    return {
+        "model": {"name": f"{names[number - 1]}-model"} if number else random_model(shape),
+        "data": {
+            **{"source": f"{name}.jsonl", "tokenizer": "tokenizer", "eval_fraction": 0, "cache_dir": "cache"},
+            "num_workers": 1,  # these are tokens: they are read before other processes are up
+        },
+        # Everything is kept, nothing is computed twice: it is short, and is to be fast.
+        "sequence": {
+            **{"length": shape.short_length, "mini_sequence": False, "checkpoints": "none", "loss": "cce"},
+        },
+        "parallel": {"num_gpus": 1},
+        "optimizer": {"lr": shape.base_lr, "weight_decay": 0.1},
+        # What is learned comes all at once and late: no rate that has sunk by then.
+        "schedule": {"warmup_steps": shape.base_warmup, "name": "cosine" if is_last else "constant"},
+        "train": {
+            "steps": run.steps,
+            "global_batch_sequences": shape.base_batch,
+            "micro_batch_sequences": shape.base_batch,
+            "precision": shape.precision,
+        },
+        "checkpoint": {"every": max(1, run.steps // 4), "at_first_step": False},
+        "log": {"run_dir": f"runs/{name}", "tensorboard": False},
+    }
+
+
+def random_model(shape: Shape) -> Row:
+    """A Llama to begin with."""
+    return {
         "config": {
             "model_type": "llama",
             "vocab_size": shape.vocab_size,
@@ -35,45 +64,12 @@ def copy_config(shape: Shape) -> Row:
             **{"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2},
         }
     }
-    return {"model": model, **at_short_length(shape, "copy", ["copy.jsonl"], shape.copy_steps)}
-
-
-def short_config(shape: Shape) -> Row:
-    """The run that goes on from it, on text."""
-    source = ["copy.jsonl", "short.jsonl"]
-    return {"model": {"name": "copy-model"}, **at_short_length(shape, "short", source, shape.short_steps)}
-
-
-def at_short_length(shape: Shape, run: str, source: Sequence[str], steps: int) -> Row:
-    """All but the model."""
-    data = {
-        **{"source": source, "tokenizer": "tokenizer", "eval_fraction": 0, "cache_dir": "cache"},
-        "num_workers": 1,  # these are tokens: they are read before other processes are up
-    }
-    return {
-        "data": data,
-        # Everything is kept, nothing is computed twice: it is short, and is to be fast.
-        "sequence": {
-            **{"length": shape.short_length, "mini_sequence": False, "checkpoints": "none", "loss": "cce"},
-        },
-        "parallel": {"num_gpus": 1},
-        "optimizer": {"lr": shape.short_lr, "weight_decay": 0.1},
-        "schedule": {"warmup_steps": shape.short_warmup},
-        "train": {
-            "steps": steps,
-            "global_batch_sequences": shape.short_batch,
-            "micro_batch_sequences": shape.short_batch,
-            "precision": shape.precision,
-        },
-        "checkpoint": {"every": max(1, steps // 4), "at_first_step": False},
-        "log": {"run_dir": f"runs/{run}", "tensorboard": False},
-    }
 
 
 def long_config(shape: Shape) -> Row:
     """The run that goes on from it, at full length."""
     return {
-        "model": {"name": "short-model"},
+        "model": {"name": f"{shape.base[-1].name}-model"},
         "data": {"source": "long.jsonl", "eval_source": "heldout.jsonl", "cache_dir": "cache"},
         "sequence": {"length": shape.long_length},
         "parallel": {"num_gpus": 1},

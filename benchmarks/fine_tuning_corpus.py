@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fine_tuning_notes import ASK, NOTE, Document, Notes, documents, plant
-from fine_tuning_shapes import CODE_WORDS, SHAPES, Shape
+from fine_tuning_shapes import CODE_WORDS, SHAPES, Kind, Shape
 from fine_tuning_text import (
     BOS,
     Lines,
@@ -41,7 +41,7 @@ from fine_tuning_text import (
 from tokenizers import Tokenizer
 
 PART_CHARACTERS = 3_000_000  # of a package that one process cuts at once
-MORE = 3  # times the copying documents that a part's share would be: not all parts may be needed
+MORE = 3  # times the documents that a part's share would be: not all parts may be needed
 IN_PROCESS_CHARACTERS = 30_000_000  # less is not worth starting processes
 TAIL_TOKENS_AN_ASK = 40  # of a probe's end, where its notes are asked
 Row = dict[str, Any]
@@ -54,7 +54,7 @@ class Part(NamedTuple):
     texts: list[str]
     shape: Shape
     tokenizer_json: str
-    copy_documents: int
+    documents: dict[str, int]  # of each base run, at most
 
 
 class Written(NamedTuple):
@@ -75,8 +75,7 @@ class Cut(NamedTuple):
     """The documents of a part."""
 
     tokens: int
-    copy: list[Written]
-    short: list[Written]
+    base: dict[str, list[Written]]
     long: list[Written]
 
 
@@ -111,33 +110,43 @@ def parts_of(
 ) -> Iterator[Part]:
     """A package in parts that take a process some seconds."""
     as_json = tokenizer.to_str()
-    wanted = shape.copy_tokens / shape.copy_kinds[0].tokens / characters_in_all
+
+    def part(some: list[str], number: int, characters: int) -> Part:
+        share = MORE * characters / characters_in_all
+        most = {run.name: math.ceil(share * run.tokens / run.kinds[0].tokens) for run in shape.base}
+        return Part(f"{name}-{number}", some, shape, as_json, most)
+
     some: list[str] = []
     number = characters = 0
     for text in texts:
         some.append(text)
         characters += len(text)
         if characters > PART_CHARACTERS:
-            yield Part(f"{name}-{number}", some, shape, as_json, math.ceil(MORE * wanted * characters))
+            yield part(some, number, characters)
             number, some, characters = number + 1, [], 0
-    yield Part(f"{name}-{number}", some, shape, as_json, math.ceil(MORE * wanted * characters))
+    yield part(some, number, characters)
 
 
 def cut(part: Part) -> Cut:
     """Documents of all runs out of a part."""
     tokenizer, shape = Tokenizer.from_str(part.tokenizer_json), part.shape
     lines = split_lines(tokenizer, part.texts)
-    runs = (
-        # Lines would leave few different distances, which a model learns in the place of copying.
-        ("copy", single_tokens(lines), shape.copy_kinds, "input_ids", part.copy_documents),
-        ("short", lines, shape.short_kinds, "input_ids", None),
-        ("long", lines, (shape.long_kind,), "text", None),
-    )
-    found = {}
-    for run, text, kinds, column, most in runs:
-        made = documents(text, kinds, Notes(tokenizer, shape.words, f"{part.name} {run}"))
-        found[run] = [Written.of(document, column) for document in itertools.islice(made, most)]
-    return Cut(sum(map(len, lines.ids)), **found)
+
+    def made(run: str, text: Lines, kinds: Sequence[Kind], column: str, most: int | None) -> list[Written]:
+        found = documents(text, kinds, Notes(tokenizer, shape.words, f"{part.name} {run}"))
+        return [Written.of(document, column) for document in itertools.islice(found, most)]
+
+    base = {
+        run.name: made(
+            run.name,
+            lines if run.whole_lines else single_tokens(lines),
+            run.kinds,
+            "input_ids",
+            part.documents[run.name],
+        )
+        for run in shape.base
+    }
+    return Cut(sum(map(len, lines.ids)), base, made("long", lines, (shape.long_kind,), "text", None))
 
 
 def cut_all(parts: Sequence[Part]) -> Iterator[Cut]:
@@ -192,18 +201,21 @@ def by_content(some: Iterable[Written]) -> list[Written]:
 
 
 def write_training(parts: Sequence[Part], work: Path, shape: Shape) -> Row:
-    """`copy.jsonl`, `short.jsonl` and `long.jsonl`: as much of each as is wanted, of all packages."""
-    copy, short, long = (Writer(work / f"{run}.jsonl") for run in ("copy", "short", "long"))
+    """`long.jsonl`, and a file of each base run: as much of each as is wanted, of all packages."""
+    base = {run.name: Writer(work / f"{run.name}.jsonl") for run in shape.base}
+    long = Writer(work / "long.jsonl")
     longs, tokens = [], 0
     for found in cut_all(sorted(parts, key=lambda part: hashlib.sha256(part.name.encode()).digest())):
-        copy.add(found.copy, shape.copy_tokens)
-        short.add(found.short, shape.short_tokens)
+        for run in shape.base:
+            base[run.name].add(found.base[run.name], run.tokens)
         longs += found.long
         tokens += found.tokens
-        if short.total >= shape.short_tokens and len(longs) >= shape.train_documents:
+        is_enough = all(base[run.name].total >= run.tokens for run in shape.base)
+        if is_enough and len(longs) >= shape.train_documents:
             break
     long.add(by_content(longs)[: shape.train_documents])
-    return {"train_tokens": tokens, "copy": copy.end(), "short": short.end(), "long": long.end()}
+    ended = {name: writer.end() for name, writer in (*base.items(), ("long", long))}
+    return {"train_tokens": tokens, **ended}
 
 
 def write_heldout(shape: Shape, work: Path, tokenizer: Tokenizer, heldout: dict[str, Lines]) -> Row:

@@ -10,6 +10,7 @@ from typing import Any
 
 import report
 import retrieval
+from fine_tuning_shapes import BASE
 
 MODELS = {
     "short": "before: trained at short length",
@@ -23,11 +24,11 @@ with random codes were planted in all of it**, and asked for later in the same d
 they are what shows whether training at full length teaches a small model to look far back in a few dozen
 steps. A note is a line of made-up words, drawn anew for each document, so that seeing a document twice
 tells nothing of others. The base model is first trained on documents that are little else than notes and
-their questions, from which copying is learned, then on text. Held-out documents are of other packages; the
-probe asks what they noted so many tokens before. A code of 4 words is found if each word is the likeliest
-token, given those before it. The control is the same document without its notes; guessing among all the
-words costs the logarithm of their number (the table says how many there are). The rotary base is that of
-models for long sequences from the start. Commands were typed as shown, in the folder of the files."""
+their questions, from which copying and looking are learned, then on text. Held-out documents are of other
+packages; the probe asks what they noted so many tokens before. A code of 4 words is found if each word is the
+likeliest token, given those before it. The control is the same document without its notes; guessing among
+all the words costs the logarithm of their number (the table says how many there are). The rotary base is that
+of models for long sequences from the start. Commands were typed as shown, in the folder of the files."""
 Row = dict[str, Any]
 
 
@@ -98,7 +99,7 @@ def _command_row(row: Row) -> Row:
 
 def _run_rows(story: Row) -> list[Row]:
     rows = []
-    for stage in ("copy", "short", "long"):
+    for stage in (*BASE, "long"):
         if (run := story.get(stage)) is None:
             continue
         rows.append(
@@ -131,7 +132,7 @@ def _corpus_rows(story: Row) -> list[Row]:
     words = corpus["made_up_words"]
     return [
         {"documents of": part, **corpus[part], "words of notes": words, "guessing, nats": math.log(words)}
-        for part in ("copy", "short", "long", "heldout")
+        for part in (*BASE, "long", "heldout")
     ]
 
 

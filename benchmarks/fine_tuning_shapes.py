@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
+BASE = ("copy", "look", "short")  # the runs of the base model, in turn
 CODE_WORDS = 4  # of the codes that are probed
 
 
@@ -26,6 +27,25 @@ class Kind(NamedTuple):
     asks: int
 
 
+class BaseRun(NamedTuple):
+    """A run of the base model, on documents of its own: from random weights, or from the run before it.
+
+    Attributes:
+        name: Of its stage and its files.
+        kinds: Of its documents.
+        tokens: Of these, about; more steps than they fill see them again.
+        steps: At most.
+        whole_lines: Notes stand between lines of the text. Elsewhere they may stand anywhere in it: lines
+            would leave few different distances, which a model learns in the place of looking.
+    """
+
+    name: str
+    kinds: tuple[Kind, ...]
+    tokens: int
+    steps: int
+    whole_lines: bool = False
+
+
 @dataclass(frozen=True)
 class Shape:
     """Lengths and distances are in tokens.
@@ -35,12 +55,9 @@ class Shape:
         initializer_range: Of the weights. Where it is much below `1 / sqrt(hidden_size)`, copying comes
             late.
         max_text_mb: Of the installed packages' text, in the order of their names.
-        copy_kinds: The first run's documents. Copying is learned on them: they are short and little else than
-            notes that are asked. Where notes are many, and few tokens can be copied, it comes late; one long
-            note four times over is learned first, but can be found by its place in the line alone.
-        copy_tokens: Of these documents, about; more steps than they fill see them again.
-        short_kinds: The documents of the run that goes on from it, beside the first run's. It learns text,
-            and copying in it.
+        base: The base model's runs, easy ones first. One long note, asked at once, teaches to copy, though
+            by the place in the line alone; several short ones teach to look for the word, and are not learned
+            from random weights in as many steps, neither alone nor among others. Longer documents come last.
         train_documents: Long ones, at most.
         heldout_documents: Of which the loss is told; each is a text of the probe, too.
         distances: From a note's code to where it is asked.
@@ -60,15 +77,10 @@ class Shape:
     initializer_range: float
     words: int
     short_length: int
-    copy_kinds: tuple[Kind, ...]
-    copy_tokens: int
-    copy_steps: int
-    short_kinds: tuple[Kind, ...]
-    short_tokens: int
-    short_batch: int
-    short_steps: int
-    short_lr: float
-    short_warmup: int
+    base: tuple[BaseRun, ...]
+    base_batch: int
+    base_lr: float
+    base_warmup: int
     long_length: int
     long_notes: int
     long_asks: int
@@ -92,6 +104,11 @@ class Shape:
         return Kind(1, self.long_length, self.long_notes, CODE_WORDS, self.long_asks)
 
 
+COPY = Kind(1, 128, notes=1, words=24, asks=2)
+LOOK = (
+    Kind(2, 128, notes=3, words=CODE_WORDS, asks=2),
+    Kind(1, 256, notes=4, words=CODE_WORDS, asks=3),
+)
 SHAPES = {
     "full": Shape(
         vocab_size=16384,
@@ -104,22 +121,24 @@ SHAPES = {
         initializer_range=0.036,
         words=2048,
         short_length=4096,
-        copy_kinds=(
-            Kind(1, 96, notes=1, words=12, asks=3),
-            Kind(1, 128, notes=3, words=CODE_WORDS, asks=2),
+        base=(
+            BaseRun("copy", (COPY,), tokens=8_000_000, steps=300),
+            BaseRun("look", LOOK, tokens=20_000_000, steps=1000),
+            BaseRun(
+                "short",
+                (
+                    Kind(16, 256, notes=4, words=CODE_WORDS, asks=3),
+                    Kind(4, 1024, notes=16, words=CODE_WORDS, asks=3),
+                    Kind(1, 4096, notes=64, words=CODE_WORDS, asks=3),
+                ),
+                tokens=40_000_000,
+                steps=1400,
+                whole_lines=True,
+            ),
         ),
-        copy_tokens=10_000_000,
-        copy_steps=300,
-        short_kinds=(
-            Kind(16, 256, notes=4, words=CODE_WORDS, asks=2),
-            Kind(4, 1024, notes=16, words=CODE_WORDS, asks=3),
-            Kind(1, 4096, notes=64, words=CODE_WORDS, asks=3),
-        ),
-        short_tokens=40_000_000,
-        short_batch=8,
-        short_steps=2600,
-        short_lr=2e-3,
-        short_warmup=100,
+        base_batch=8,
+        base_lr=2e-3,
+        base_warmup=50,
         long_length=131072,
         long_notes=384,
         long_asks=8,
@@ -148,21 +167,23 @@ SHAPES = {
         initializer_range=0.08,
         words=128,
         short_length=256,
-        copy_kinds=(
-            Kind(1, 96, notes=1, words=12, asks=3),
-            Kind(1, 96, notes=2, words=CODE_WORDS, asks=1),
+        base=(
+            BaseRun("copy", (COPY,), tokens=20_000, steps=4),
+            BaseRun("look", LOOK, tokens=20_000, steps=4),
+            BaseRun(
+                "short",
+                (
+                    Kind(2, 128, notes=2, words=CODE_WORDS, asks=2),
+                    Kind(1, 256, notes=4, words=CODE_WORDS, asks=1),
+                ),
+                tokens=40_000,
+                steps=8,
+                whole_lines=True,
+            ),
         ),
-        copy_tokens=20_000,
-        copy_steps=4,
-        short_kinds=(
-            Kind(2, 128, notes=2, words=CODE_WORDS, asks=2),
-            Kind(1, 256, notes=4, words=CODE_WORDS, asks=1),
-        ),
-        short_tokens=40_000,
-        short_batch=2,
-        short_steps=8,
-        short_lr=1e-3,
-        short_warmup=2,
+        base_batch=2,
+        base_lr=1e-3,
+        base_warmup=2,
         long_length=1024,
         long_notes=4,
         long_asks=2,

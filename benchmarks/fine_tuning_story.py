@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import fine_tuning_results
-from fine_tuning_shapes import SHAPES, Shape
+from fine_tuning_shapes import BASE, SHAPES, Shape
 
-STAGES = ("corpus", "copy", "short", "long", "probe")
+STAGES = ("corpus", *BASE, "long", "probe")
 NEVER_S = 150  # a run without a step after these will not get going
 STOP_S = 60  # to save and stop, for a run that was asked to
 POLL_S = 0.05
@@ -36,9 +36,12 @@ class Story:
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.shape: Shape = SHAPES[args.shape]
-        for name in ("copy_steps", "short_steps", "short_lr", "long_steps", "long_lr"):
+        for name in ("base_lr", "long_steps", "long_lr"):
             if (given := getattr(args, name)) is not None:
                 self.shape = replace(self.shape, **{name: given})
+        if args.base_steps is not None:
+            runs = zip(self.shape.base, args.base_steps, strict=True)
+            self.shape = replace(self.shape, base=tuple(run._replace(steps=steps) for run, steps in runs))
         self.work, self.out, self.deadline_s = args.work.resolve(), args.out.resolve(), args.deadline_s
         self.started = time.perf_counter()
         self.work.mkdir(parents=True, exist_ok=True)

@@ -18,7 +18,7 @@ NAMES = (
     *("report", "retrieval", "fine_tuning_shapes", "fine_tuning_text", "fine_tuning_notes"),
     *("fine_tuning_configs", "fine_tuning_corpus", "fine_tuning_results", "fine_tuning_story", "fine_tuning"),
 )
-FILES = ("copy.jsonl", "short.jsonl", "long.jsonl", "heldout.jsonl", "probes.jsonl")
+FILES = ("copy.jsonl", "look.jsonl", "short.jsonl", "long.jsonl", "heldout.jsonl", "probes.jsonl")
 
 
 @pytest.fixture
@@ -70,11 +70,11 @@ def test_corpus_is_the_same_each_time_and_notes_are_asked(bench, tmp_path: Path)
     bench["fine_tuning_corpus"].build(shape, tmp_path / "two")
     for name in FILES:
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes(), name
-    kinds = {(kind.notes, kind.words, kind.asks) for kind in shape.short_kinds}
-    assert len(kinds) > 1
+    kinds = {run.name: {kind[2:] for kind in run.kinds} for run in shape.base}
+    assert [len(some) for some in kinds.values()] == [1, 2, 2]
     long = {(shape.long_notes, 4, shape.long_asks)}
     parts = (
-        *(("copy", {kind[2:] for kind in shape.copy_kinds}, 96), ("short", kinds, 256)),
+        *(("copy", kinds["copy"], 128), ("look", kinds["look"], 256), ("short", kinds["short"], 256)),
         *(("long", long, 1024), ("heldout", long, 1024)),
     )
     for part, wanted, length in parts:
@@ -178,14 +178,14 @@ def test_copying_is_shown_at_many_distances(bench, tmp_path: Path) -> None:
     rows = [json.loads(line)["input_ids"] for line in (tmp_path / "copy.jsonl").read_text().splitlines()]
     tokenizer = FastTokenizer.from_file(str(tmp_path / "tokenizer" / "tokenizer.json"))
     words = {tokenizer.token_to_id(word) for word in bench["fine_tuning_text"].made_up_words(shape.words)}
-    found: dict[int, set[int]] = {}
+    found: set[int] = set()
     for row in rows:
-        assert len(row) == 96
+        assert len(row) == 128
         name = next(word for word in row if word in words)
         first, *others = [at for at, word in enumerate(row) if word == name]
-        found.setdefault(len(others), set()).update(at - first for at in others)
-    assert {kind.asks for kind in shape.copy_kinds} == set(found)
-    assert all(len(distances) > 20 for distances in found.values())
+        assert len(others) == shape.base[0].kinds[0].asks
+        found |= {at - first for at in others}
+    assert len(found) > 20
 
 
 def test_a_run_has_as_many_tokens_as_are_wished(bench, tmp_path: Path) -> None:
@@ -212,11 +212,12 @@ def test_made_up_words_are_part_of_the_vocabulary(bench) -> None:
 def test_kinds_have_room_for_their_notes(bench) -> None:
     """With some left for text: a line of it that has no room is lost."""
     for shape in bench["fine_tuning_shapes"].SHAPES.values():
-        for kind in (*shape.copy_kinds, *shape.short_kinds, shape.long_kind):
+        for kind in (*(kind for run in shape.base for kind in run.kinds), shape.long_kind):
             planted = kind.notes * (1 + kind.asks) * (kind.words + 6)
             assert planted < 0.85 * kind.tokens
             assert kind.notes * (kind.words + 1) <= shape.words
-        assert not any(shape.short_length % kind.tokens for kind in shape.short_kinds)  # no padding
+        base = [kind for run in shape.base for kind in run.kinds]
+        assert not any(shape.short_length % kind.tokens for kind in base)  # no padding
         assert len(shape.distances) * shape.asks_a_distance * 5 <= shape.words
 
 
@@ -376,7 +377,7 @@ def test_time_counts_from_the_first_step(bench, tmp_path: Path, monkeypatch: pyt
 def story(bench, tmp_path: Path):
     """Whose commands are Python's own, in the place of `longseq`'s."""
     args = {"shape": "tiny", "work": tmp_path / "work", "out": tmp_path / "out", "deadline_s": 60}
-    steps = dict.fromkeys(("copy_steps", "short_steps", "short_lr", "long_steps", "long_lr"))
+    steps = dict.fromkeys(("base_steps", "base_lr", "long_steps", "long_lr"))
     return bench["fine_tuning_story"].Story(SimpleNamespace(**args, **steps))
 
 
@@ -420,14 +421,15 @@ def test_configs_are_valid_and_the_second_goes_on_from_the_first(bench, tmp_path
     for shape in bench["fine_tuning_shapes"].SHAPES.values():
         found: list[RunConfig] = []
         for name, config in (
-            ("copy", fine_tuning.copy_config(shape)),
-            ("short", fine_tuning.short_config(shape)),
+            *((name, fine_tuning.base_config(shape, name)) for name in bench["fine_tuning_shapes"].BASE),
             ("long", fine_tuning.long_config(shape)),
         ):
             fine_tuning.write_yaml(tmp_path / f"{name}.yaml", config)
             found.append(load_config(str(tmp_path / f"{name}.yaml")))
-        assert found[0].model.config["max_position_embeddings"] >= found[2].sequence.length
-        assert [config.model.name for config in found[1:]] == ["copy-model", "short-model"]
+        assert [run.name for run in shape.base] == list(bench["fine_tuning_shapes"].BASE)
+        assert found[0].model.config["max_position_embeddings"] >= found[-1].sequence.length
+        assert [config.model.name for config in found[1:]] == ["copy-model", "look-model", "short-model"]
+        assert [config.schedule.name for config in found] == ["constant", "constant", "cosine", "cosine"]
         assert max(shape.distances) + 1000 * (shape.long_length > 2000) < shape.long_length
         # The kill comes behind the first checkpoint and before the last step.
         assert shape.checkpoint_every + shape.kill_after < 2 * shape.checkpoint_every <= shape.long_steps
