@@ -55,9 +55,10 @@ class Shape:
         initializer_range: Of the weights. Where it is much below `1 / sqrt(hidden_size)`, copying comes
             late.
         max_text_mb: Of the installed packages' text, in the order of their names.
-        base: The base model's runs, easy ones first. One long note, asked at once, teaches to copy, though
-            by the place in the line alone; several short ones teach to look for the word, and are not learned
-            from random weights in as many steps, neither alone nor among others. Longer documents come last.
+        base: The base model's runs, easy ones first. One long note that fills its document teaches to copy,
+            though from nearly one distance; several short ones teach to look for the word, and are not
+            learned from random weights in as many steps, neither alone nor among others. Longer documents
+            come last, and are quick: who looks in 256 tokens looks in thousands after a few dozen steps.
         train_documents: Long ones, at most.
         heldout_documents: Of which the loss is told; each is a text of the probe, too.
         distances: From a note's code to where it is asked.
@@ -104,7 +105,6 @@ class Shape:
         return Kind(1, self.long_length, self.long_notes, CODE_WORDS, self.long_asks)
 
 
-COPY = Kind(1, 128, notes=1, words=24, asks=2)
 LOOK = (
     Kind(2, 128, notes=3, words=CODE_WORDS, asks=2),
     Kind(1, 256, notes=4, words=CODE_WORDS, asks=3),
@@ -122,8 +122,8 @@ SHAPES = {
         words=2048,
         short_length=4096,
         base=(
-            BaseRun("copy", (COPY,), tokens=8_000_000, steps=300),
-            BaseRun("look", LOOK, tokens=20_000_000, steps=1000),
+            BaseRun("copy", (Kind(1, 128, notes=1, words=36, asks=2),), tokens=8_000_000, steps=300),
+            BaseRun("look", LOOK, tokens=25_000_000, steps=1600),
             BaseRun(
                 "short",
                 (
@@ -131,8 +131,8 @@ SHAPES = {
                     Kind(4, 1024, notes=16, words=CODE_WORDS, asks=3),
                     Kind(1, 4096, notes=64, words=CODE_WORDS, asks=3),
                 ),
-                tokens=40_000_000,
-                steps=1400,
+                tokens=20_000_000,
+                steps=600,
                 whole_lines=True,
             ),
         ),
@@ -168,7 +168,7 @@ SHAPES = {
         words=128,
         short_length=256,
         base=(
-            BaseRun("copy", (COPY,), tokens=20_000, steps=4),
+            BaseRun("copy", (Kind(1, 128, notes=1, words=30, asks=2),), tokens=20_000, steps=4),
             BaseRun("look", LOOK, tokens=20_000, steps=4),
             BaseRun(
                 "short",

@@ -171,19 +171,18 @@ def test_a_line_that_no_document_has_room_for_is_left_out(bench) -> None:
 
 
 @pytest.mark.usefixtures("packages")
-def test_copying_is_shown_at_many_distances(bench, tmp_path: Path) -> None:
+def test_looking_is_shown_at_many_distances(bench, tmp_path: Path) -> None:
     """A model would learn a distance, if there were a few of them, and not to look for the word."""
     shape = bench["fine_tuning_shapes"].SHAPES["tiny"]
     bench["fine_tuning_corpus"].build(shape, tmp_path)
-    rows = [json.loads(line)["input_ids"] for line in (tmp_path / "copy.jsonl").read_text().splitlines()]
+    rows = [json.loads(line)["input_ids"] for line in (tmp_path / "look.jsonl").read_text().splitlines()]
     tokenizer = FastTokenizer.from_file(str(tmp_path / "tokenizer" / "tokenizer.json"))
     words = {tokenizer.token_to_id(word) for word in bench["fine_tuning_text"].made_up_words(shape.words)}
     found: set[int] = set()
     for row in rows:
-        assert len(row) == 128
         name = next(word for word in row if word in words)
         first, *others = [at for at, word in enumerate(row) if word == name]
-        assert len(others) == shape.base[0].kinds[0].asks
+        assert len(others) in {kind.asks for kind in shape.base[1].kinds}
         found |= {at - first for at in others}
     assert len(found) > 20
 
@@ -214,7 +213,7 @@ def test_kinds_have_room_for_their_notes(bench) -> None:
     for shape in bench["fine_tuning_shapes"].SHAPES.values():
         for kind in (*(kind for run in shape.base for kind in run.kinds), shape.long_kind):
             planted = kind.notes * (1 + kind.asks) * (kind.words + 6)
-            assert planted < 0.85 * kind.tokens
+            assert planted <= kind.tokens - 2 if kind in shape.base[0].kinds else planted < 0.85 * kind.tokens
             assert kind.notes * (kind.words + 1) <= shape.words
         base = [kind for run in shape.base for kind in run.kinds]
         assert not any(shape.short_length % kind.tokens for kind in base)  # no padding
