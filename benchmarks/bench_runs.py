@@ -24,13 +24,10 @@ def read(paths: list[Path]) -> list[Row]:
     rows: dict[str, Row] = {}
     for path in paths:
         found = json.loads(path.read_text())
-        if isinstance(found, dict):
-            found = found.get("bench", found.get("rows", [found]))
-        if not found or not all(isinstance(row, dict) and "tokens" in row for row in found):
+        found = found.get("bench", found.get("rows", [found]))
+        if not found or not all("tokens" in row for row in found):
             raise SystemExit(f"{path} has no rows with `tokens`; give what `longseq bench --json` wrote.")
-        for number, row in enumerate(found):
-            name = row.get("file", path.stem if len(found) == 1 else f"{path.stem}-{number}")
-            rows[name] = {"file": name} | row
+        rows |= {name: {"file": name} | row for row in found for name in [row.get("file", path.stem)]}
     return list(rows.values())
 
 

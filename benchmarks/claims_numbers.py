@@ -261,7 +261,7 @@ def linear_in_gpus(results: Results) -> Found:
         text += (
             "; with " + ", ".join(f"{best[gpus]['host_gib']:.0f}" for gpus in shares) + " GiB of host memory"
         )
-    text += "; these lengths were tried, and no longer ones"
+    text += "; what was tried with `longseq bench`, longer ones may fit"
     least = min(shares.values())
     verdict = "reached" if least >= AS_GOOD else reached(least, 1)
     numbers = {str(gpus): tokens for gpus, tokens in longest.items()}

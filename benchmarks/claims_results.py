@@ -82,7 +82,8 @@ class Results:
 
     def use(self, environment: Row, date: str | None = None) -> None:
         """A row that was measured there is taken."""
-        self.used.append(f"{environment['device']}, {date or environment['date'][:10]}")
+        days = ", ".join(one[:10] for one in environment["date"].split(", "))
+        self.used.append(f"{environment['device']}, {date or days}")
 
     def one(self, name: str, /, *having: str, **wanted: Any) -> Row:
         """The first of them."""

@@ -38,7 +38,7 @@ class Kept:
         print(f"[{process_age_s():6.1f} s] {self.path.stem}: {text}", flush=True)
 
     def checked(self, environment: Row) -> Row:
-        """The environment, if what the row has already is of the same.
+        """The environment, if what the row has already is of the same, with the dates of both.
 
         Raises:
             SystemExit: It is not, and numbers of two would stand under one name.
@@ -50,7 +50,8 @@ class Kept:
                     f"{self.path} is of {key}={earlier.get(key)}, and here it is {environment.get(key)}; use "
                     "--again, or another --out."
                 )
-        return environment
+        dates = dict.fromkeys([*earlier["date"].split(", "), environment["date"]])
+        return environment | {"date": ", ".join(dates)}
 
     def write(self) -> None:
         """Keep what there is."""

@@ -78,13 +78,18 @@ def collect(folders: list[Path], bench_files: list[Path], out: Path | None) -> l
         out,
         tables=tables,
         note=NOTE,
-        measured_on=rows[0]["environment"],
+        measured_on=rows[0]["environment"] | {"date": dates_of(rows)},
         bench=runs,
         left_out=left_out,
     )
     if out is not None:
         draw(rows, out / "end_to_end.png")
     return rows
+
+
+def dates_of(rows: list[Row]) -> str:
+    """When all of them were measured: a row that went on later has several dates."""
+    return ", ".join(sorted({date for row in rows for date in row["environment"]["date"].split(", ")}))
 
 
 def found_of(folders: list[Path], setting: Setting) -> Row | None:

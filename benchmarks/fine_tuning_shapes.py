@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
-BASE = ("copy", "look", "short")  # the runs of the base model, in turn
 CODE_WORDS = 4  # of the codes that are probed
 
 
@@ -202,3 +201,5 @@ SHAPES = {
         precision="float32",
     ),
 }
+BASE = tuple(run.name for run in SHAPES["full"].base)
+"""The base model's stages, of all shapes."""

@@ -21,6 +21,7 @@ from benchmark_modules import BENCHMARKS, imported
 from torch import Tensor
 
 from longseq.launch.bench.stub_products import StubProducts
+from longseq.mst.placement import choose_placement
 
 NAMES = (
     *("report", "lanes", "decoder_model", "decoder_anchors", "decoder_variants"),
@@ -591,6 +592,25 @@ def made_up_row(name: str, label: str, **changes: Any) -> Row:
     environment = {"date": "2026-01-02", "device": "NVIDIA H200", "versions": {"torch": "2"}}
     row = {"name": name, "label": label, "card_gib": None, "host_gib": 115.0, "shape": "llama-3-8b"}
     return row | {"optimizer": "AdamW", "environment": environment, "times": [], "left_out": []} | changes
+
+
+def test_a_row_that_goes_on_another_day_has_both_dates(bench: dict[str, ModuleType], tmp_path: Path) -> None:
+    first = made_up_row("plain", "one")
+    later = first["environment"] | {"date": "2026-01-03"}
+    kept = bench["end_to_end_row"].Kept(tmp_path / "plain.json", first)
+    for _ in range(2):
+        kept.row["environment"] = kept.checked(later)
+    assert kept.row["environment"]["date"] == "2026-01-02, 2026-01-03"
+    rows = [kept.row, made_up_row("mst", "other", environment=later | {"date": "2026-01-01"})]
+    assert bench["end_to_end_table"].dates_of(rows) == "2026-01-01, 2026-01-02, 2026-01-03"
+
+
+def test_inputs_without_room_are_said_in_words(bench: dict[str, ModuleType]) -> None:
+    with pytest.raises(ValueError, match="fit neither") as refused:
+        choose_placement(32, 2**30, 0, 0)
+    found = {"fails_tokens": 2048, "why": f"ValueError: {refused.value}"}
+    words = "2,048 (inputs have no room on the GPU and the host together)"
+    assert bench["end_to_end_table"].above({}, found) == words
 
 
 def made_up_time(tokens: int, loss: float, **changes: Any) -> Row:

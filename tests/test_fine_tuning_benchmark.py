@@ -275,6 +275,15 @@ def test_a_model_that_copies_from_near_finds_what_is_near(bench) -> None:
     assert far["control_loss"] == pytest.approx(20, abs=1e-2)
 
 
+def test_the_control_is_read_where_its_codes_are(bench) -> None:
+    """It lacks notes that lie behind a question, so that the code is nearer to its end."""
+    probe = drawn_probe([40])
+    probe["control"] = probe["ids"][:-2]
+    probe["asks"][0]["control_from_end"] -= 2
+    (row,) = bench["retrieval"].score(Copier(1000, 150, 20.0), [probe], [len(probe["ids"])])
+    assert row["asks"][0]["found"] is row["asks"][0]["control_found"] is True
+
+
 def test_the_end_of_a_document_has_the_near_notes_alone(bench) -> None:
     retrieval, probe = bench["retrieval"], drawn_probe([60, 200])
     end = retrieval.end_of(probe, 128)
@@ -378,6 +387,14 @@ def story(bench, tmp_path: Path):
     args = {"shape": "tiny", "work": tmp_path / "work", "out": tmp_path / "out", "deadline_s": 60}
     steps = dict.fromkeys(("base_steps", "base_lr", "long_steps", "long_lr"))
     return bench["fine_tuning_story"].Story(SimpleNamespace(**args, **steps))
+
+
+def test_steps_are_given_in_the_order_of_the_runs(bench, story, tmp_path: Path) -> None:
+    args = {"shape": "tiny", "work": tmp_path / "other", "out": tmp_path, "deadline_s": 60, "base_lr": None}
+    args |= {"base_steps": [7, 8, 9], "long_steps": 3, "long_lr": 0.5}
+    other = bench["fine_tuning_story"].Story(SimpleNamespace(**args)).shape
+    assert [(run.name, run.steps) for run in other.base] == [("copy", 7), ("look", 8), ("short", 9)]
+    assert (other.long_steps, other.long_lr, other.base_lr) == (3, 0.5, story.shape.base_lr)
 
 
 def test_a_command_that_does_not_get_going_is_ended_and_quoted(bench, story) -> None:
