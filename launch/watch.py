@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import socket
 import threading
+from collections.abc import Callable
 
 from .watch_links import BEAT_S, LINGER_S, SILENCE_VARIABLE, End, Hub, Spoke, connect, end_process
 
@@ -47,6 +48,8 @@ class Watch:
         self.is_handled = False
         """Whether this rank's own thread has failed too, and says and ends what there is to."""
         self._lock = threading.Lock()
+        self._speaking = threading.Lock()
+        self._is_said = False
         self._side: Hub | Spoke | None = None
         if world_size > 1:
             import torch.distributed as dist
@@ -91,6 +94,19 @@ class Watch:
             if self._side is not None:
                 self._side.pass_on(end)
         return self.news
+
+    def say_once(self, say: Callable[[], None]) -> bool:
+        """Say what ended the run, unless this process has said it; returns whether it is said now.
+
+        This rank's own thread and the watch's come to it independently: the rank that failed leaves once it
+        is told of, which breaks the collective that this one's thread is in.
+        """
+        with self._speaking:
+            if self._is_said:
+                return False
+            self._is_said = True
+            say()
+            return True
 
     def wait_for_main(self) -> None:
         """Let rank 0 say what is wrong before this process ends: with it, its launcher ends the others."""

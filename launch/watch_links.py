@@ -20,6 +20,7 @@ import sys
 import threading
 import time
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import TYPE_CHECKING, NoReturn
 
 from .exit_status import CRASHED, INTERRUPTED
@@ -233,7 +234,7 @@ class Hub:
         now = time.monotonic()
         if self._speak_at is not None and (end.is_loss or now >= self._speak_at):
             self._speak_at = None
-            _say(end)
+            self._watch.say_once(partial(_say, end))
             self._broadcast("said")
         is_there = any(peer.rank == end.rank for peer in self._peers.values())
         if self._speak_at is None and (end.is_loss or not is_there or now >= self._leave_at):
@@ -251,7 +252,6 @@ class Spoke:
         self._closing = False
         self._leave_at: float | None = None
         self._silent_beats = 0
-        self._is_told = False
         name = f"rank {watch.rank} ({socket.gethostname()}, process {os.getpid()})"
         self._lines.send("hello", secret, str(watch.rank), name)
         self._thread = threading.Thread(target=self._run, name="longseq-watch", daemon=True)
@@ -313,8 +313,8 @@ class Spoke:
         self._watch.tell(End(0, CRASHED, text, is_loss=True))
         # Rank 0 cannot say it any more, on its own machine either.
         if is_news and (speaks_for_machine() or self._watch.rank == 1):
-            logger.error("rank %d (%s): %s", self._watch.rank, socket.gethostname(), text)
-            self._is_told = True
+            here = f"rank {self._watch.rank} ({socket.gethostname()})"
+            self._watch.say_once(partial(logger.error, "%s: %s", here, text))
         self._leave_at = time.monotonic()
 
     def _leave(self) -> None:
@@ -322,8 +322,8 @@ class Spoke:
             self._leave_at = None
             return
         assert self._watch.news is not None
-        if speaks_for_machine() and not self._is_told:
-            _say(self._watch.news)
+        if speaks_for_machine():
+            self._watch.say_once(partial(_say, self._watch.news))
         end_process(self._watch.news.status)
 
 

@@ -18,7 +18,7 @@ import torch.distributed as dist
 import transformers.utils.logging  # noqa: F401  (once, for all ranks)
 
 from longseq.distributed.groups import ProcessGroups
-from longseq.launch import worker
+from longseq.launch import watch_links, worker
 from longseq.launch.config import RunConfig
 from longseq.launch.loop import TrainingError
 
@@ -56,6 +56,8 @@ def run_rank(rank: int, folder: Path, acts: dict[int, str], limit_s: float) -> N
     worker.check_nodes = lambda *_: None
     worker.watch_memory = lambda *_: None
     worker.explain = lambda error, *_: f"explained: {error}"
+    if acts.get(rank, "").startswith("outlive"):  # as where its own thread is quicker than the watch's
+        watch_links.end_process = lambda status: time.sleep(1)
     os._exit(worker.run_worker(RunConfig()))
 
 
@@ -68,7 +70,9 @@ def do(act: str) -> None:
         raise RuntimeError("CUDA error: an illegal memory access")
     if act == "refuse":
         raise ValueError("data.source: it has gone")
-    if act == "not finite":
+    if act == "outlive, not finite":
+        time.sleep(watch_links.GRACE_S + 2)  # it has been said meanwhile
+    if act.endswith("not finite"):
         raise TrainingError("step 3: loss is nan")
     if act == "no memory":
         raise torch.OutOfMemoryError("CUDA out of memory")
@@ -102,8 +106,10 @@ RUNS: dict[str, dict[int, str]] = {
     "kill": {2: "kill"},
     "kill main": {0: "kill"},
     "raise": {1: "raise"},
+    "raise, heard late": {0: "outlive", 1: "raise"},
     "refuse": {2: "refuse"},
     "alike": dict.fromkeys(range(RANKS), "not finite"),
+    "alike, late": {0: "outlive, not finite", 1: "not finite", 2: "not finite"},
     "stop": {1: "stop"},
     "no memory": {1: "no memory"},
     "end": dict.fromkeys(range(RANKS), "end"),

@@ -73,6 +73,22 @@ def test_a_rank_that_fails_says_why_and_ends_all(ended: dict[str, Ended]) -> Non
     assert "Traceback" not in printed[0] + printed[2]
 
 
+@pytest.mark.parametrize(
+    ("run", "said", "status"),
+    [
+        ("raise, heard late", "CUDA error: an illegal memory access", CRASHED),
+        ("alike, late", "step 3: loss is nan", STOPPED_ITSELF),
+    ],
+)
+def test_what_the_watch_has_said_is_not_said_again(
+    ended: dict[str, Ended], run: str, said: str, status: int
+) -> None:
+    """By rank 0's own thread, which comes to it just before the watch ends the process."""
+    statuses, printed, _ = ended[run]
+    assert statuses == [status] * RANKS
+    assert printed[0].count(said) == 1
+
+
 def test_what_one_rank_refuses_has_its_status(ended: dict[str, Ended]) -> None:
     statuses, printed, _ = ended["refuse"]
     assert statuses == [BAD_INPUT] * RANKS
