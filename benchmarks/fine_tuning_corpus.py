@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fine_tuning_notes import ASK, NOTE, Document, Notes, documents, plant
-from fine_tuning_shapes import CODE_WORDS, SHAPES, Kind, Shape
+from fine_tuning_shapes import CODE_WORDS, SHAPES, BaseRun, Kind, Shape
 from fine_tuning_text import (
     BOS,
     Lines,
@@ -65,9 +65,12 @@ class Written(NamedTuple):
     distances: list[int]
 
     @classmethod
-    def of(cls, document: Document, column: str = "text") -> Written:
+    def of(cls, document: Document, base: BaseRun | None = None) -> Written:
+        """As text, or as a run of the base model reads it: as tokens."""
         distances = [distance for ask in document.asks for distance in ask.distances]
-        row = {column: document.text if column == "text" else document.ids}
+        row: Row = {"text": document.text} if base is None else {"input_ids": document.ids}
+        if base is not None and base.answers_alone:
+            row["labels"] = document.answers
         return cls(json.dumps(row, separators=(",", ":")) + "\n", len(document.ids), distances)
 
 
@@ -132,21 +135,16 @@ def cut(part: Part) -> Cut:
     tokenizer, shape = Tokenizer.from_str(part.tokenizer_json), part.shape
     lines = split_lines(tokenizer, part.texts)
 
-    def made(run: str, text: Lines, kinds: Sequence[Kind], column: str, most: int | None) -> list[Written]:
-        found = documents(text, kinds, Notes(tokenizer, shape.words, f"{part.name} {run}"))
-        return [Written.of(document, column) for document in itertools.islice(found, most)]
+    def made(name: str, text: Lines, kinds: Sequence[Kind]) -> Iterator[Document]:
+        return documents(text, kinds, Notes(tokenizer, shape.words, f"{part.name} {name}"))
 
-    base = {
-        run.name: made(
-            run.name,
-            lines if run.whole_lines else single_tokens(lines),
-            run.kinds,
-            "input_ids",
-            part.documents[run.name],
-        )
-        for run in shape.base
-    }
-    return Cut(sum(map(len, lines.ids)), base, made("long", lines, (shape.long_kind,), "text", None))
+    base: dict[str, list[Written]] = {}
+    for run in shape.base:
+        found = made(run.name, lines if run.whole_lines else single_tokens(lines), run.kinds)
+        some = itertools.islice(found, part.documents[run.name])
+        base[run.name] = [Written.of(document, run) for document in some]
+    long = [Written.of(document) for document in made("long", lines, (shape.long_kind,))]
+    return Cut(sum(map(len, lines.ids)), base, long)
 
 
 def cut_all(parts: Sequence[Part]) -> Iterator[Cut]:

@@ -49,6 +49,16 @@ class Document:
     def text(self) -> str:
         return "".join(self.lines)
 
+    @property
+    def answers(self) -> list[int]:
+        """The tokens of the codes that answer, -100 elsewhere."""
+        labels = [-100] * len(self.ids)
+        for ask in self.asks:
+            for begin in ask.asked_at:
+                end = begin + len(ask.code)
+                labels[begin:end] = self.ids[begin:end]
+        return labels
+
 
 class Notes:
     """Draws notes, and writes their lines."""

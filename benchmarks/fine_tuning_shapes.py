@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 CODE_WORDS = 4  # of the codes that are probed
+LAST_STEPS = 20  # whose mean loss counts
 
 
 class Kind(NamedTuple):
@@ -36,6 +37,8 @@ class BaseRun(NamedTuple):
         steps: At most.
         whole_lines: Notes stand between lines of the text. Elsewhere they may stand anywhere in it: lines
             would leave few different distances, which a model learns in the place of looking.
+        answers_alone: Loss is that of the codes that answer. With that of text, looking is learned later.
+        enough: Mean loss of `LAST_STEPS` steps with which the run ends before its last one.
     """
 
     name: str
@@ -43,6 +46,8 @@ class BaseRun(NamedTuple):
     tokens: int
     steps: int
     whole_lines: bool = False
+    answers_alone: bool = False
+    enough: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -122,7 +127,7 @@ SHAPES = {
         short_length=4096,
         base=(
             BaseRun("copy", (Kind(1, 128, notes=1, words=36, asks=2),), tokens=8_000_000, steps=300),
-            BaseRun("look", LOOK, tokens=25_000_000, steps=1600),
+            BaseRun("look", LOOK, tokens=16_000_000, steps=4000, answers_alone=True, enough=0.3),
             BaseRun(
                 "short",
                 (
@@ -136,7 +141,7 @@ SHAPES = {
             ),
         ),
         base_batch=8,
-        base_lr=2e-3,
+        base_lr=1e-3,
         base_warmup=50,
         long_length=131072,
         long_notes=384,
@@ -155,6 +160,51 @@ SHAPES = {
         kill_after=3,
         precision="bf16",
     ),
+    "small": Shape(
+        vocab_size=4096,
+        max_text_mb=60,
+        hidden_size=192,
+        layers=3,
+        heads=3,
+        head_dim=64,
+        intermediate_size=512,
+        initializer_range=0.072,
+        words=512,
+        short_length=1024,
+        base=(
+            BaseRun("copy", (Kind(1, 128, notes=1, words=34, asks=2),), tokens=1_600_000, steps=300),
+            BaseRun("look", LOOK, tokens=5_000_000, steps=1200, answers_alone=True, enough=0.3),
+            BaseRun(
+                "short",
+                (
+                    Kind(8, 256, notes=4, words=CODE_WORDS, asks=3),
+                    Kind(4, 1024, notes=16, words=CODE_WORDS, asks=3),
+                ),
+                tokens=2_000_000,
+                steps=250,
+                whole_lines=True,
+            ),
+        ),
+        base_batch=4,
+        base_lr=2e-3,
+        base_warmup=50,
+        long_length=16384,
+        long_notes=48,
+        long_asks=8,
+        long_steps=60,
+        long_lr=1e-3,
+        long_warmup=4,
+        train_documents=60,
+        heldout_documents=12,
+        distances=(128, 512, 960, 3840, 7680, 15360),
+        asks_a_distance=4,
+        buckets=(1024, 4096, 16384),
+        rope_theta=1e6,
+        eval_every=20,
+        checkpoint_every=10,
+        kill_after=3,
+        precision="float32",
+    ),
     "tiny": Shape(
         vocab_size=1024,
         max_text_mb=4,
@@ -168,7 +218,7 @@ SHAPES = {
         short_length=256,
         base=(
             BaseRun("copy", (Kind(1, 128, notes=1, words=30, asks=2),), tokens=20_000, steps=4),
-            BaseRun("look", LOOK, tokens=20_000, steps=4),
+            BaseRun("look", LOOK, tokens=20_000, steps=4, answers_alone=True),
             BaseRun(
                 "short",
                 (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from collections.abc import Iterator, Sequence
@@ -185,6 +186,33 @@ def test_looking_is_shown_at_many_distances(bench, tmp_path: Path) -> None:
         assert len(others) in {kind.asks for kind in shape.base[1].kinds}
         found |= {at - first for at in others}
     assert len(found) > 20
+
+
+@pytest.mark.usefixtures("packages")
+def test_loss_of_the_looking_is_that_of_answers(bench, tmp_path: Path) -> None:
+    """Each of them comes behind the same word a second time."""
+    shape = bench["fine_tuning_shapes"].SHAPES["tiny"]
+    bench["fine_tuning_corpus"].build(shape, tmp_path)
+    kinds = {kind.tokens: kind for kind in shape.base[1].kinds}
+    for line in (tmp_path / "look.jsonl").read_text().splitlines():
+        ids, labels = json.loads(line).values()
+        answers = [at for at, label in enumerate(labels) if label != -100]
+        _, notes, words, asks = kinds[len(ids)][1:]
+        assert len(labels) == len(ids)
+        assert len(answers) == notes * words * asks
+        pairs = list(itertools.pairwise(ids))
+        assert all(labels[at] == ids[at] and pairs.index(pairs[at - 1]) < at - 1 for at in answers)
+    for name in ("copy", "short"):
+        assert "labels" not in json.loads((tmp_path / f"{name}.jsonl").read_text().splitlines()[0])
+
+
+def test_a_run_that_has_learned_enough_ends(bench) -> None:
+    is_learned = bench["fine_tuning"].is_learned
+    steps = [step(number, 3.0 if number < 5 else 0.25, 0.1) for number in range(24)]
+    assert not is_learned(steps, enough=0.3)
+    assert is_learned([*steps, step(24, 0.25, 0.1)], enough=0.3)
+    assert not is_learned(steps[-19:], enough=0.3)
+    assert not is_learned([*steps, step(24, 0.25, 0.1)], enough=0.0)
 
 
 def test_a_run_has_as_many_tokens_as_are_wished(bench, tmp_path: Path) -> None:
@@ -458,15 +486,15 @@ def test_tables_are_written_from_what_is_there(bench, tmp_path: Path) -> None:
         "commands": [{"command": "longseq train x.yaml", "seconds": 1.5, "ended": "done"}],
     }
     results.write(story, tmp_path, tmp_path / "out", show=False)
-    assert not (tmp_path / "out" / "fine_tuning.png").exists()
+    assert not (tmp_path / "out" / "fine_tuning_tiny.png").exists()
     rows = list(bench["retrieval"].score(Copier(1000, 60, 20.0), [probe], [64, 4096]))
     (tmp_path / "probe-long.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     results.write(story, tmp_path, tmp_path / "out", show=False)
-    found = json.loads((tmp_path / "out" / "fine_tuning.json").read_text())
+    found = json.loads((tmp_path / "out" / "fine_tuning_tiny.json").read_text())
     assert [(row["model"], row["wished_tokens"], row["found"]) for row in found["rows"]] == [
         ("long", 40, 1),
         ("long", 100, 0),
     ]
     assert found["commands"] == story["commands"]
-    assert "`longseq train x.yaml`" in (tmp_path / "out" / "fine_tuning.md").read_text()
-    assert (tmp_path / "out" / "fine_tuning.png").stat().st_size > 1000
+    assert "`longseq train x.yaml`" in (tmp_path / "out" / "fine_tuning_tiny.md").read_text()
+    assert (tmp_path / "out" / "fine_tuning_tiny.png").stat().st_size > 1000
