@@ -30,7 +30,7 @@ import report
 import retrieval
 import torch
 from fine_tuning_configs import base_config, long_config, write_yaml
-from fine_tuning_shapes import BASE, LAST_STEPS, SHAPES
+from fine_tuning_shapes import BASE, LAST_STEPS, PLANNED_GPU, SHAPES
 from fine_tuning_story import STAGES, Story, stop_when
 
 from longseq.launch.metric_records import read_metrics
@@ -38,7 +38,6 @@ from longseq.launch.metric_records import read_metrics
 START_S = 25  # of a command that trains, until its first step: taken off what is left for steps
 PROBE_S = 60  # the same for the export and the probes of both models
 LONG_S = 120  # the same for the second stage, of what the first may take
-PLANNED_GPU = "h100-80g"  # on a machine without one
 GIB = 2**30
 Row = dict[str, Any]
 

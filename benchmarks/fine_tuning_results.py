@@ -10,7 +10,7 @@ from typing import Any
 
 import report
 import retrieval
-from fine_tuning_shapes import BASE
+from fine_tuning_shapes import BASE, PLANNED_GPU
 
 MODELS = {
     "short": "before: trained at short length",
@@ -103,6 +103,9 @@ def _run_rows(story: Row) -> list[Row]:
     for stage in (*BASE, "long"):
         if (run := story.get(stage)) is None:
             continue
+        planned = run.get("planned", {})
+        if planned.get("gpu") == PLANNED_GPU:  # and not the machine that it ran on
+            planned = {}
         rows.append(
             {
                 "run": stage,
@@ -111,9 +114,9 @@ def _run_rows(story: Row) -> list[Row]:
                 "steps": run["steps"],
                 "tokens": run["tokens"],
                 "s a step": run["step_s"],
-                "planned s": run.get("planned", {}).get("step_s"),
+                "planned s": planned.get("step_s"),
                 "peak GiB": run["peak_gib"],
-                "planned GiB": run.get("planned", {}).get("peak_gib"),
+                "planned GiB": planned.get("peak_gib"),
                 "last loss": run["last_loss"],
                 "held-out loss": _evals(run),
                 "same losses after the kill": run.get("kill", {}).get("equal"),

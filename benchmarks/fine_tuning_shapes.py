@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 CODE_WORDS = 4  # of the codes that are probed
 LAST_STEPS = 20  # whose mean loss counts
+PLANNED_GPU = "h100-80g"  # on a machine without one
 
 
 class Kind(NamedTuple):

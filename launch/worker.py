@@ -77,7 +77,7 @@ def _end(error: BaseException, end: End, watch: Watch, say: Callable[[], None]) 
         watch.wait_for_main()
     if not speaks_for_machine():
         end_process(end.status)
-    if is_alike:
+    if is_alike:  # in this rank's own way, unless the watch has said it meanwhile
         is_said = not watch.say_once(_nothing) or is_said
     elif told_by_another:
         watch.say_once(partial(logger.error, "%s", end.text))

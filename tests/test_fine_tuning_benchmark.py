@@ -498,3 +498,15 @@ def test_tables_are_written_from_what_is_there(bench, tmp_path: Path) -> None:
     assert found["commands"] == story["commands"]
     assert "`longseq train x.yaml`" in (tmp_path / "out" / "fine_tuning_tiny.md").read_text()
     assert (tmp_path / "out" / "fine_tuning_tiny.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize(("gpu", "is_there"), [("NVIDIA H200", True), ("h100-80g", False)])
+def test_a_plan_for_another_machine_is_not_beside_the_run(
+    bench, tmp_path: Path, gpu: str, is_there: bool
+) -> None:
+    run = dict.fromkeys(("parameters", "length", "steps", "tokens", "step_s", "peak_gib", "last_loss"), 7)
+    run |= {"evals": [], "planned": {"step_s": 0.125, "peak_gib": 1.75, "gpu": gpu}}
+    story = {"shape": "tiny", "commands": [], "long": run}
+    bench["fine_tuning_results"].write(story, tmp_path, tmp_path, show=False)
+    text = (tmp_path / "fine_tuning_tiny.md").read_text()
+    assert ("0.125" in text, "1.75" in text) == (is_there, is_there)
