@@ -37,6 +37,7 @@ from longseq.launch.metric_records import read_metrics
 
 START_S = 25  # of a command that trains, until its first step: taken off what is left for steps
 PROBE_S = 60  # the same for the export and the probes of both models
+LOOK_EVERY_S = 2  # at the losses: on a CPU, reading them takes from the run that writes them
 LONG_S = 120  # the same for the second stage, of what the first may take
 GIB = 2**30
 Row = dict[str, Any]
@@ -57,10 +58,16 @@ def base(story: Story, allowed_s: float) -> None:
     run = story.work / "runs" / name
     write_yaml(story.work / f"{name}.yaml", base_config(story.shape, name))
     enough = next(one.enough for one in story.shape.base if one.name == name)
+    looked_at = 0.0
 
     def is_over(seconds: float) -> bool:
-        is_late = seconds > allowed_s or story.left_s < LONG_S + PROBE_S
-        return is_late or is_learned(step_records(run), enough)
+        nonlocal looked_at
+        if seconds > allowed_s or story.left_s < LONG_S + PROBE_S:
+            return True
+        if not enough or seconds < looked_at + LOOK_EVERY_S:
+            return False
+        looked_at = seconds
+        return is_learned(step_records(run), enough)
 
     story.longseq("train", f"{name}.yaml", watch=stop_when(run, is_over))
     found = run_facts(run, story.shape.short_length)

@@ -34,7 +34,7 @@ Row = dict[str, Any]
 
 def write(story: Row, work: Path, out: Path, show: bool = True) -> None:
     """JSON, Markdown and picture of whatever is there so far; `fine_tuning`, or `fine_tuning_SHAPE`."""
-    name = "fine_tuning" if story["shape"] == "full" else f"fine_tuning_{story['shape']}"
+    table = "fine_tuning" if story["shape"] == "full" else f"fine_tuning_{story['shape']}"
     probed = read_probes(work)
     retrieved = [
         {"model": name, **row} for name, rows in probed.items() for row in retrieval.by_distance(rows)
@@ -50,7 +50,7 @@ def write(story: Row, work: Path, out: Path, show: bool = True) -> None:
         ("The text", _corpus_rows(story)),
     ]
     report.write(
-        name,
+        table,
         "A model fine-tuned at full length, from its text to what it looks up",
         retrieved,
         out,
@@ -61,7 +61,7 @@ def write(story: Row, work: Path, out: Path, show: bool = True) -> None:
         **story,
     )
     if retrieved:
-        draw(retrieved, out / f"{name}.png")
+        draw(retrieved, out / f"{table}.png")
 
 
 def read_probes(work: Path) -> dict[str, list[Row]]:

@@ -78,15 +78,11 @@ def _end(error: BaseException, end: End, watch: Watch, say: Callable[[], None]) 
     if not speaks_for_machine():
         end_process(end.status)
     if is_alike:  # in this rank's own way, unless the watch has said it meanwhile
-        is_said = not watch.say_once(_nothing) or is_said
+        is_said = not watch.say_once(lambda: None) or is_said
     elif told_by_another:
         watch.say_once(partial(logger.error, "%s", end.text))
     watch.leave_within(end.status)
     return _in_its_own_way(error, mine, say) if is_mine and not is_said else end.status
-
-
-def _nothing() -> None:
-    """What is said otherwise."""
 
 
 def _in_its_own_way(error: BaseException, status: int, say: Callable[[], None]) -> int:
