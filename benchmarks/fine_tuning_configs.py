@@ -70,7 +70,10 @@ def long_config(shape: Shape) -> Row:
     """The run that goes on from it, at full length."""
     return {
         "model": {"name": f"{shape.base[-1].name}-model"},
-        "data": {"source": "long.jsonl", "eval_source": "heldout.jsonl", "cache_dir": "cache"},
+        "data": {
+            "source": ["long.jsonl", "long-text.jsonl"],
+            **{"eval_source": "heldout.jsonl", "cache_dir": "cache"},
+        },
         "sequence": {"length": shape.long_length},
         "parallel": {"num_gpus": 1},
         "optimizer": {"lr": shape.long_lr, "weight_decay": 0.01},

@@ -5,7 +5,9 @@ python benchmarks/fine_tuning_corpus.py --work DIR [--shape tiny]
 A document is a run of a package's files (source and documentation) in the order of their paths, each below
 a heading with its path. Copies of a file count once; whole packages are held out. The same text is cut into
 short documents for the base model, of several kinds, and into long ones for its fine-tuning; they fill
-sequences to the token. The short ones are written as tokens, which are read at once; the long ones as text.
+sequences to the token. The short ones are written as tokens, which are read at once; the long ones as
+conversations, in which the user shows the text and asks, and the assistant answers with the code that was
+noted, and every third as text.
 
 All of them have notes that are asked for later in the same document (`fine_tuning_notes.py`). The text of the
 probes is that of the held-out documents with other notes. The tokenizer never joins two lines, so that a
@@ -42,6 +44,9 @@ from tokenizers import Tokenizer
 
 PART_CHARACTERS = 3_000_000  # of a package that one process cuts at once
 MORE = 3  # times the documents that a part's share would be: not all parts may be needed
+# Of the long documents, so many make one that is text: what is trained on answers alone forgets how text goes
+# on.
+TEXT_EVERY = 3
 IN_PROCESS_CHARACTERS = 30_000_000  # less is not worth starting processes
 TAIL_TOKENS_AN_ASK = 40  # of a probe's end, where its notes are asked
 Row = dict[str, Any]
@@ -58,7 +63,7 @@ class Part(NamedTuple):
 
 
 class Written(NamedTuple):
-    """A document as a line of JSON, which goes faster from one process to another than its lines do."""
+    """A document as a row of JSON, which goes faster from one process to another than its lines do."""
 
     line: str
     tokens: int
@@ -66,12 +71,21 @@ class Written(NamedTuple):
 
     @classmethod
     def of(cls, document: Document, base: BaseRun | None = None) -> Written:
-        """As text, or as a run of the base model reads it: as tokens."""
+        """As a conversation, or as a run of the base model reads it: as tokens."""
         distances = [distance for ask in document.asks for distance in ask.distances]
-        row: Row = {"text": document.text} if base is None else {"input_ids": document.ids}
+        row: Row = {"messages": document.messages} if base is None else {"input_ids": document.ids}
         if base is not None and base.answers_alone:
             row["labels"] = document.answers
-        return cls(json.dumps(row, separators=(",", ":")) + "\n", len(document.ids), distances)
+        return cls(as_line(row), len(document.ids), distances)
+
+    def as_text(self) -> Written:
+        """A conversation as the text that it is."""
+        messages = json.loads(self.line)["messages"]
+        return self._replace(line=as_line({"text": "".join(message["content"] for message in messages)}))
+
+
+def as_line(row: Row) -> str:
+    return json.dumps(row, separators=(",", ":")) + "\n"
 
 
 class Cut(NamedTuple):
@@ -199,9 +213,9 @@ def by_content(some: Iterable[Written]) -> list[Written]:
 
 
 def write_training(parts: Sequence[Part], work: Path, shape: Shape) -> Row:
-    """`long.jsonl`, and a file of each base run: as much of each as is wanted, of all packages."""
+    """The files of the long documents and of each base run: as much as is wanted, of all packages."""
     base = {run.name: Writer(work / f"{run.name}.jsonl") for run in shape.base}
-    long = Writer(work / "long.jsonl")
+    long, long_text = Writer(work / "long.jsonl"), Writer(work / "long-text.jsonl")
     longs, tokens = [], 0
     for found in cut_all(sorted(parts, key=lambda part: hashlib.sha256(part.name.encode()).digest())):
         for run in shape.base:
@@ -211,8 +225,11 @@ def write_training(parts: Sequence[Part], work: Path, shape: Shape) -> Row:
         is_enough = all(base[run.name].total >= run.tokens for run in shape.base)
         if is_enough and len(longs) >= shape.train_documents:
             break
-    long.add(by_content(longs)[: shape.train_documents])
-    ended = {name: writer.end() for name, writer in (*base.items(), ("long", long))}
+    for number, document in enumerate(by_content(longs)[: shape.train_documents], 1):
+        is_text = number % TEXT_EVERY == 0
+        (long_text if is_text else long).add([document.as_text() if is_text else document])
+    writers = {**base, "long": long, "long-text": long_text}
+    ended = {name: writer.end() for name, writer in writers.items()}
     return {"train_tokens": tokens, **ended}
 
 

@@ -50,6 +50,21 @@ class Document:
         return "".join(self.lines)
 
     @property
+    def messages(self) -> list[dict[str, str]]:
+        """As a conversation: the codes that answer are the assistant's, all else is the user's."""
+        codes = {f"{ASK}{ask.name}{code}\n": code for ask in self.asks for code in ["".join(ask.code)]}
+        turns: list[dict[str, str]] = []
+        said: list[str] = []
+        for line in self.lines:
+            if (code := codes.get(line)) is None:
+                said.append(line)
+                continue
+            question = "".join([*said, line.removesuffix(f"{code}\n")])
+            turns += [{"role": "user", "content": question}, {"role": "assistant", "content": code}]
+            said = ["\n"]
+        return [*turns, {"role": "user", "content": "".join(said)}]
+
+    @property
     def answers(self) -> list[int]:
         """The tokens of the codes that answer, -100 elsewhere."""
         labels = [-100] * len(self.ids)
@@ -100,12 +115,13 @@ class Notes:
         return [[1 + cut + (number and note + (number - 1) * ask) for number, cut in enumerate(cuts)]]
 
     def places_of_some(self, kind: Kind) -> list[list[int]]:
-        """At distances of every size, none more than another."""
+        """At distances of every size."""
         note, ask = self.size(NOTE, kind.words), self.size(ASK, kind.words)
-        nearest, farthest = math.log(note), math.log(kind.tokens - note - kind.asks * ask)
+        to_scale, back = (math.sqrt, lambda root: root**2) if kind.far else (math.log, math.exp)
+        nearest, farthest = to_scale(note), to_scale(kind.tokens - note - kind.asks * ask)
         found = []
         for _ in range(kind.notes):
-            distances = sorted(math.exp(self.draw.uniform(nearest, farthest)) for _ in range(kind.asks))
+            distances = sorted(back(self.draw.uniform(nearest, farthest)) for _ in range(kind.asks))
             note_at = self.draw.uniform(0, max(1, kind.tokens - distances[-1] - ask))
             found.append([round(note_at + distance) for distance in (0, *distances)])
         return found

@@ -18,17 +18,20 @@ MODELS = {
     "long": "after: fine-tuned at full length",
 }
 COLORS = {"short": "tab:orange", "short-end": "tab:green", "long": "tab:blue"}
-NOTE = """The base model was made here, from random weights, on short documents; there is nothing to
-download where this runs. The text is source code and documentation of installed Python packages. **Notes
-with random codes were planted in all of it**, and asked for later in the same document, in both stages:
-they are what shows whether training at full length teaches a small model to look far back in a few dozen
-steps. A note is a line of made-up words, drawn anew for each document, so that seeing a document twice
-tells nothing of others. The base model is first trained on documents that are little else than notes and
-their questions, from which copying and looking are learned, then on text. Held-out documents are of other
-packages; the probe asks what they noted so many tokens before. A code of 4 words is found if each word is the
-likeliest token, given those before it. The control is the same document without its notes; guessing among
-all the words costs the logarithm of their number (the table says how many there are). The rotary base is that
-of models for long sequences from the start. Commands were typed as shown, in the folder of the files."""
+NOTE = """The base model was made here, from random weights, on short documents; there is nothing to download
+where this runs. The text is source code and documentation of installed Python packages. **Notes with random
+codes were planted in all of it**, and asked for later in the same document, in both stages: they are what
+shows whether training at full length teaches a small model to look far back in a few hundred steps. A note
+is a line of made-up words, drawn anew for each document, so that seeing a document twice tells nothing of
+others. The base model is first trained on documents that are little else than notes and their questions,
+from which copying and looking are learned, then on text. The fine-tuning's documents are conversations, in
+which the user shows the text and asks for each note once, and the assistant answers, with the loss of the
+answers; every third is text, with the loss of all of it. Its held-out loss is that of answers. Held-out
+documents are of other packages; the probe asks what they noted so many tokens before. A code of 4 words is
+found if each word is the likeliest token, given those before it. The control is the same document without
+its notes; guessing among all the words costs the logarithm of their number (the table says how many there
+are). The rotary base is that of models for long sequences from the start. Commands were typed as shown, in
+the folder of the files."""
 Row = dict[str, Any]
 
 
@@ -136,7 +139,7 @@ def _corpus_rows(story: Row) -> list[Row]:
     words = corpus["made_up_words"]
     return [
         {"documents of": part, **corpus[part], "words of notes": words, "guessing, nats": math.log(words)}
-        for part in (*BASE, "long", "heldout")
+        for part in (*BASE, "long", "long-text", "heldout")
     ]
 
 

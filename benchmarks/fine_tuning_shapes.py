@@ -19,6 +19,8 @@ class Kind(NamedTuple):
         notes: Of each.
         words: Of a note's code.
         asks: How often each note is asked.
+        far: Distances are spread evenly by their square roots: half of them are over a quarter of the
+            document. Elsewhere by their logarithms: half are below a few dozen to a few hundred tokens.
     """
 
     documents: int
@@ -26,6 +28,7 @@ class Kind(NamedTuple):
     notes: int
     words: int
     asks: int
+    far: bool = False
 
 
 class BaseRun(NamedTuple):
@@ -89,7 +92,6 @@ class Shape:
     base_warmup: int
     long_length: int
     long_notes: int
-    long_asks: int
     long_steps: int
     long_lr: float
     long_warmup: int
@@ -106,8 +108,11 @@ class Shape:
 
     @property
     def long_kind(self) -> Kind:
-        """The last stage's documents: their codes are of the probes' length."""
-        return Kind(1, self.long_length, self.long_notes, CODE_WORDS, self.long_asks)
+        """The last stage's documents: their notes are asked once, and of the probes' length.
+
+        An answer that came before would say the same as the note, and be nearer.
+        """
+        return Kind(1, self.long_length, self.long_notes, CODE_WORDS, asks=1, far=True)
 
 
 LOOK = (
@@ -145,18 +150,17 @@ SHAPES = {
         base_lr=1e-3,
         base_warmup=50,
         long_length=131072,
-        long_notes=384,
-        long_asks=8,
-        long_steps=120,
+        long_notes=400,
+        long_steps=240,
         long_lr=6e-4,
         long_warmup=4,
-        train_documents=60,
+        train_documents=240,
         heldout_documents=16,
         distances=(256, 1024, 3840, 16384, 65536, 122880),
         asks_a_distance=4,
         buckets=(4096, 16384, 65536, 131072),
         rope_theta=1e6,
-        eval_every=25,
+        eval_every=60,
         checkpoint_every=10,
         kill_after=3,
         precision="bf16",
@@ -190,18 +194,17 @@ SHAPES = {
         base_lr=2e-3,
         base_warmup=50,
         long_length=16384,
-        long_notes=48,
-        long_asks=8,
-        long_steps=60,
+        long_notes=100,
+        long_steps=180,
         long_lr=1e-3,
         long_warmup=4,
-        train_documents=60,
+        train_documents=180,
         heldout_documents=12,
         distances=(128, 512, 960, 3840, 7680, 15360),
         asks_a_distance=4,
         buckets=(1024, 4096, 16384),
         rope_theta=1e6,
-        eval_every=20,
+        eval_every=60,
         checkpoint_every=10,
         kill_after=3,
         precision="float32",
@@ -235,8 +238,7 @@ SHAPES = {
         base_lr=1e-3,
         base_warmup=2,
         long_length=1024,
-        long_notes=4,
-        long_asks=2,
+        long_notes=8,
         long_steps=8,
         long_lr=4e-4,
         long_warmup=2,

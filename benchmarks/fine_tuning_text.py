@@ -25,6 +25,13 @@ MAX_LINE_CHARACTERS = 600
 MAX_DIGITS = 0.1  # share of a file's characters; tables have more
 NO_FOLDER = re.compile(r"__pycache__|lib2to3|idlelib|\.dist-info|\.egg-info|licen[cs]e", re.I)
 SAMPLE_BYTES = 12_000_000  # that the tokenizer is trained on
+# What a conversation is made of comes after each other as it is; the assistant's part carries the loss.
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}"
+    "{% if message.role == 'assistant' %}{% generation %}{{ message.content }}{% endgeneration %}"
+    "{% else %}{{ message.content }}{% endif %}"
+    "{% endfor %}{{ eos_token }}"
+)
 SPECIALS = ("<|bos|>", "<|eos|>", "<|pad|>")
 BOS, EOS = 0, 1  # the tokenizer's first tokens are the special ones
 
@@ -147,6 +154,7 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
         eos_token=eos,
         pad_token=pad,
         clean_up_tokenization_spaces=False,
+        chat_template=CHAT_TEMPLATE,
     ).save_pretrained(folder)
 
 

@@ -19,7 +19,7 @@ NAMES = (
     *("report", "retrieval", "fine_tuning_shapes", "fine_tuning_text", "fine_tuning_notes"),
     *("fine_tuning_configs", "fine_tuning_corpus", "fine_tuning_results", "fine_tuning_story", "fine_tuning"),
 )
-FILES = ("copy.jsonl", "look.jsonl", "short.jsonl", "long.jsonl", "heldout.jsonl", "probes.jsonl")
+PARTS = ("copy", "look", "short", "long", "long-text", "heldout", "probes")
 
 
 @pytest.fixture
@@ -58,6 +58,8 @@ def documents_of(path: Path) -> list[str]:
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     if "text" in rows[0]:
         return [row["text"] for row in rows]
+    if "messages" in rows[0]:
+        return ["".join(message["content"] for message in row["messages"]) for row in rows]
     tokenizer = AutoTokenizer.from_pretrained(path.parent / "tokenizer")
     assert all(row["input_ids"][0] == tokenizer.bos_token_id for row in rows)
     assert all(row["input_ids"][-1] == tokenizer.eos_token_id for row in rows)
@@ -69,14 +71,15 @@ def test_corpus_is_the_same_each_time_and_notes_are_asked(bench, tmp_path: Path)
     shape = bench["fine_tuning_shapes"].SHAPES["tiny"]
     facts = bench["fine_tuning_corpus"].build(shape, tmp_path / "one")
     bench["fine_tuning_corpus"].build(shape, tmp_path / "two")
-    for name in FILES:
-        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes(), name
-    kinds = {run.name: {kind[2:] for kind in run.kinds} for run in shape.base}
+    for name in PARTS:
+        one, two = ((tmp_path / folder / f"{name}.jsonl").read_bytes() for folder in ("one", "two"))
+        assert one == two, name
+    kinds = {run.name: {kind[2:5] for kind in run.kinds} for run in shape.base}
     assert [len(some) for some in kinds.values()] == [1, 2, 2]
-    long = {(shape.long_notes, 4, shape.long_asks)}
+    long = {(shape.long_notes, 4, 1)}  # an earlier answer would be nearer than the note
     parts = (
         *(("copy", kinds["copy"], 128), ("look", kinds["look"], 256), ("short", kinds["short"], 256)),
-        *(("long", long, 1024), ("heldout", long, 1024)),
+        *(("long", long, 1024), ("long-text", long, 1024), ("heldout", long, 1024)),
     )
     for part, wanted, length in parts:
         found = documents_of(tmp_path / "one" / f"{part}.jsonl")
@@ -84,7 +87,8 @@ def test_corpus_is_the_same_each_time_and_notes_are_asked(bench, tmp_path: Path)
         assert {planted(text) for text in found} == wanted
         assert facts[part]["longest_tokens"] == length
         assert facts[part]["notes"] == sum(notes * asks for notes, _, asks in map(planted, found))
-    text = "".join(documents_of(tmp_path / "one" / "short.jsonl") + documents_of(tmp_path / "one/long.jsonl"))
+    trained = [documents_of(tmp_path / f"one/{part}.jsonl") for part in ("short", "long", "long-text")]
+    text = "".join(itertools.chain(*trained))
     assert not [package for package in facts["heldout_packages"] if f"# file: {package}/" in text]
     assert "/file3.py" in text
     assert "/copy.py" not in text  # a text counts once
@@ -122,10 +126,10 @@ def test_tokens_are_those_of_the_saved_tokenizer(bench, tmp_path: Path) -> None:
     rows = [json.loads(line)["input_ids"] for line in (tmp_path / "short.jsonl").read_text().splitlines()]
     texts = documents_of(tmp_path / "short.jsonl")
     assert [row[1:-1] for row in rows] == tokenizer(texts, add_special_tokens=False).input_ids
-    for part, wanted in (("short", {256, 128}), ("long", {1024}), ("heldout", {1024})):
+    for part in ("short", "long", "long-text", "heldout"):
         found = documents_of(tmp_path / f"{part}.jsonl")
         lengths = [len(tokenizer(text, add_special_tokens=False).input_ids) + 2 for text in found]
-        assert set(lengths) == wanted
+        assert set(lengths) == ({128, 256} if part == "short" else {1024})
         assert sum(lengths) == facts[part]["tokens"]
         assert (min(lengths), max(lengths)) == (
             facts[part]["shortest_tokens"],
@@ -188,6 +192,23 @@ def test_looking_is_shown_at_many_distances(bench, tmp_path: Path) -> None:
     assert len(found) > 20
 
 
+@pytest.mark.parametrize("far", [False, True])
+def test_distances_of_long_documents_are_long(bench, far: bool) -> None:
+    notes, shapes = bench["fine_tuning_notes"], bench["fine_tuning_shapes"]
+    tokenizer = SimpleNamespace(
+        token_to_id=lambda word: 1, encode=lambda text: SimpleNamespace(ids=[0] * len(text))
+    )
+    kind = shapes.Kind(1, 10_000, notes=2000, words=4, asks=1, far=far)
+    places = notes.Notes(tokenizer, 8, "seed").places(kind)
+    distances = sorted(asked_at - note_at for note_at, asked_at in places)
+    note = len(notes.NOTE) + 1 + 4 + 1
+    assert distances[0] >= note - 1
+    assert 9_000 < distances[-1] < 10_000 - 2 * note
+    middle = (note**0.5 + 9968**0.5) ** 2 / 4 if far else (note * 9968) ** 0.5
+    assert distances[1000] == pytest.approx(middle, rel=0.15)
+    assert all(0 <= note_at < 10_000 - note for note_at, _ in places)
+
+
 @pytest.mark.usefixtures("packages")
 def test_loss_of_the_looking_is_that_of_answers(bench, tmp_path: Path) -> None:
     """Each of them comes behind the same word a second time."""
@@ -197,13 +218,35 @@ def test_loss_of_the_looking_is_that_of_answers(bench, tmp_path: Path) -> None:
     for line in (tmp_path / "look.jsonl").read_text().splitlines():
         ids, labels = json.loads(line).values()
         answers = [at for at, label in enumerate(labels) if label != -100]
-        _, notes, words, asks = kinds[len(ids)][1:]
+        _, notes, words, asks = kinds[len(ids)][1:5]
         assert len(labels) == len(ids)
         assert len(answers) == notes * words * asks
         pairs = list(itertools.pairwise(ids))
         assert all(labels[at] == ids[at] and pairs.index(pairs[at - 1]) < at - 1 for at in answers)
     for name in ("copy", "short"):
         assert "labels" not in json.loads((tmp_path / f"{name}.jsonl").read_text().splitlines()[0])
+
+
+@pytest.mark.usefixtures("packages")
+def test_loss_of_the_conversations_is_that_of_answers(bench, tmp_path: Path) -> None:
+    """As a run reads them: all tokens of a document, and loss on the codes that answer alone."""
+    from transformers import AutoTokenizer
+
+    from longseq.launch.data.encode import Encoder
+    from longseq.launch.data.rows import Document
+
+    shape = bench["fine_tuning_shapes"].SHAPES["tiny"]
+    bench["fine_tuning_corpus"].build(shape, tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "tokenizer")
+    encoder, texts = Encoder(tokenizer), documents_of(tmp_path / "long.jsonl")
+    for line, text in zip((tmp_path / "long.jsonl").read_text().splitlines(), texts, strict=True):
+        encoded = encoder.encode(Document("messages", json.loads(line), "long.jsonl"))
+        ids = encoded.tokens.tolist()
+        assert tokenizer.decode(ids) == f"{tokenizer.bos_token}{text}{tokenizer.eos_token}"
+        learned = [tokenizer.decode(ids[start:stop]) for start, stop in encoded.runs.tolist()]
+        asked = re.findall("# asked:<[a-z]+>(.+)\n", text)
+        assert learned == asked
+        assert len(asked) == shape.long_notes
 
 
 def test_a_run_that_has_learned_enough_ends(bench) -> None:
