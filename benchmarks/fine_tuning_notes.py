@@ -117,14 +117,19 @@ class Notes:
     def places_of_some(self, kind: Kind) -> list[list[int]]:
         """At distances of every size."""
         note, ask = self.size(NOTE, kind.words), self.size(ASK, kind.words)
-        to_scale, back = (math.sqrt, lambda root: root**2) if kind.far else (math.log, math.exp)
-        nearest, farthest = to_scale(note), to_scale(kind.tokens - note - kind.asks * ask)
+        farthest = kind.tokens - note - kind.asks * ask
         found = []
         for _ in range(kind.notes):
-            distances = sorted(back(self.draw.uniform(nearest, farthest)) for _ in range(kind.asks))
+            distances = sorted(self.distance(note, farthest, kind.far) for _ in range(kind.asks))
             note_at = self.draw.uniform(0, max(1, kind.tokens - distances[-1] - ask))
             found.append([round(note_at + distance) for distance in (0, *distances)])
         return found
+
+    def distance(self, nearest: int, farthest: int, far: bool) -> float:
+        """One between them; see `Kind.far`."""
+        if far and self.draw.random() < 0.5:
+            return self.draw.uniform(math.sqrt(nearest), math.sqrt(farthest)) ** 2
+        return math.exp(self.draw.uniform(math.log(nearest), math.log(farthest)))
 
 
 def plant(
