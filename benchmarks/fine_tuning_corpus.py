@@ -44,8 +44,7 @@ from tokenizers import Tokenizer
 
 PART_CHARACTERS = 3_000_000  # of a package that one process cuts at once
 MORE = 3  # times the documents that a part's share would be: not all parts may be needed
-# Of the long documents, so many make one that is text: what is trained on answers alone forgets how text goes
-# on.
+# One of so many long documents is text: what is trained on answers alone forgets how text goes on.
 TEXT_EVERY = 3
 IN_PROCESS_CHARACTERS = 30_000_000  # less is not worth starting processes
 TAIL_TOKENS_AN_ASK = 40  # of a probe's end, where its notes are asked
