@@ -224,9 +224,10 @@ def write_training(parts: Sequence[Part], work: Path, shape: Shape) -> Row:
         is_enough = all(base[run.name].total >= run.tokens for run in shape.base)
         if is_enough and len(longs) >= shape.train_documents:
             break
-    for number, document in enumerate(by_content(longs)[: shape.train_documents], 1):
-        is_text = number % TEXT_EVERY == 0
-        (long_text if is_text else long).add([document.as_text() if is_text else document])
+    chosen = by_content(longs)[: shape.train_documents]
+    long_text.add(document.as_text() for document in chosen[TEXT_EVERY - 1 :: TEXT_EVERY])
+    del chosen[TEXT_EVERY - 1 :: TEXT_EVERY]
+    long.add(chosen)
     writers = {**base, "long": long, "long-text": long_text}
     ended = {name: writer.end() for name, writer in writers.items()}
     return {"train_tokens": tokens, **ended}

@@ -31,6 +31,15 @@ class Ask:
     asked_at: list[int] = field(default_factory=list)
 
     @property
+    def answer(self) -> str:
+        """The code as it is written."""
+        return "".join(self.code)
+
+    def line(self, head: str) -> str:
+        """The note, or its question and answer."""
+        return f"{head}{self.name}{self.answer}\n"
+
+    @property
     def distances(self) -> list[int]:
         """Tokens from the code of the note to that of each answer."""
         return [at - self.note_at for at in self.asked_at]
@@ -52,7 +61,7 @@ class Document:
     @property
     def messages(self) -> list[dict[str, str]]:
         """As a conversation: the codes that answer are the assistant's, all else is the user's."""
-        codes = {f"{ASK}{ask.name}{code}\n": code for ask in self.asks for code in ["".join(ask.code)]}
+        codes = {ask.line(ASK): ask.answer for ask in self.asks}
         turns: list[dict[str, str]] = []
         said: list[str] = []
         for line in self.lines:
@@ -93,7 +102,7 @@ class Notes:
     def line(self, head: str, ask: Ask) -> tuple[str, list[int]]:
         """A note's line or that of its question: text and tokens."""
         ids = [*self.heads[head], self.ids[ask.name], *map(self.ids.__getitem__, ask.code), self.newline]
-        return f"{head}{ask.name}{''.join(ask.code)}\n", ids
+        return ask.line(head), ids
 
     def size(self, head: str, words: int) -> int:
         """Tokens of a line."""

@@ -26,12 +26,12 @@ is a line of made-up words, drawn anew for each document, so that seeing a docum
 others. The base model is first trained on documents that are little else than notes and their questions,
 from which copying and looking are learned, then on text. The fine-tuning's documents are conversations, in
 which the user shows the text and asks for each note once, and the assistant answers, with the loss of the
-answers; every third is text, with the loss of all of it. Its held-out loss is that of answers. Held-out
-documents are of other packages; the probe asks what they noted so many tokens before. A code of 4 words is
-found if each word is the likeliest token, given those before it. The control is the same document without
-its notes; guessing among all the words costs the logarithm of their number (the table says how many there
-are). The rotary base is that of models for long sequences from the start. Commands were typed as shown, in
-the folder of the files."""
+answers; every third is text, with the loss of all of it. Its held-out loss is that of answers, its last loss
+a mean over both. Held-out documents are of other packages; the probe asks what they noted so many tokens
+before. A code of 4 words is found if each word is the likeliest token, given those before it. The control is
+the same document without its notes; guessing among all the words costs the logarithm of their number (the
+table says how many there are). The rotary base is that of models for long sequences from the start. Commands
+were typed as shown, in the folder of the files."""
 Row = dict[str, Any]
 
 

@@ -19,8 +19,8 @@ class Kind(NamedTuple):
         notes: Of each.
         words: Of a note's code.
         asks: How often each note is asked.
-        far: Half of the distances are spread evenly by their square roots: most of these are over a quarter
-            of the document. The others, and all without it, are by their logarithms: most are near.
+        far: Half of the distances are spread evenly by their square roots: every other of these is over a
+            quarter of the document. The others, and all without it, are by their logarithms: most are near.
     """
 
     documents: int
