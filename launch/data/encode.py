@@ -169,10 +169,11 @@ class Encoder:
             )
         encoding = self._tokenizer.backend_tokenizer.encode(text, add_special_tokens=False)
         starts, stops = np.array(encoding.offsets, np.int64).reshape(-1, 2).T
-        mask = np.zeros(len(starts), bool)
+        in_spans = np.zeros(len(text) + 1, np.int32)
         for first, last in spans:
-            mask |= (starts < last) & (stops > first)
-        return np.array(encoding.ids, np.int64), mask
+            in_spans[first + 1 : last + 1] = 1
+        in_spans = in_spans.cumsum()  # characters of spans before each place
+        return np.array(encoding.ids, np.int64), in_spans[stops] > in_spans[starts]
 
     def _with_ends(self, ids: np.ndarray) -> tuple[np.ndarray, int]:
         """Puts bos and eos around, where the tokenizer has them and the text has not; counts the bos."""

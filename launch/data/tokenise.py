@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import os
+import pickle
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from multiprocessing import get_context
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -120,12 +123,20 @@ def _here(
 def _pooled(
     sources: Sequence[Rows], tokenizer: PreTrainedTokenizerBase, tasks: list[Task], num_workers: int
 ) -> Iterator[TaskResult]:
+    with tempfile.TemporaryDirectory(prefix="longseq-tokenise-") as folder:
+        # Given to a worker as it starts, a tokenizer would not fit into the pipe: each start would wait until
+        # the worker before has imported all that a tokenizer needs.
+        shared = Path(folder, "readers-and-tokenizer.pickle")
+        shared.write_bytes(pickle.dumps(([rows.reader for rows in sources], tokenizer)))
+        yield from _by_workers(sources, tasks, num_workers, shared)
+
+
+def _by_workers(
+    sources: Sequence[Rows], tasks: list[Task], num_workers: int, shared: Path
+) -> Iterator[TaskResult]:
     # Spawned, because a fork of a process that holds CUDA, NCCL or a tokenizer's threads can hang.
     pool = ProcessPoolExecutor(
-        num_workers,
-        mp_context=get_context("spawn"),
-        initializer=_start_worker,
-        initargs=([rows.reader for rows in sources], tokenizer),
+        num_workers, mp_context=get_context("spawn"), initializer=_start_worker, initargs=(shared,)
     )
     waiting = iter(tasks)
     running: set[Future[TaskResult]] = set()
@@ -154,10 +165,11 @@ _worker: tuple[list[Reader], Encoder]
 """What a worker process works with; set once by `_start_worker`."""
 
 
-def _start_worker(readers: list[Reader], tokenizer: PreTrainedTokenizerBase) -> None:
+def _start_worker(shared: Path) -> None:
     global _worker
     # One process a core is enough: threads of the tokenizer's own would only compete.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    readers, tokenizer = pickle.loads(shared.read_bytes())
     _worker = readers, Encoder(tokenizer)
 
 

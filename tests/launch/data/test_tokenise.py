@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import slow_tokenizer
 
 from longseq.launch.data import tokenise as module
 from longseq.launch.data.rows import TextFiles
@@ -58,6 +59,17 @@ def test_processes_give_what_one_gives(files: TextFiles, monkeypatch: pytest.Mon
     assert sorted(alone) == list(range(8))
     assert len(alone[1]) == 5002
     assert tokens(2) == alone
+
+
+def test_workers_start_beside_each_other(
+    files: TextFiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a tokenizer imports takes seconds, and no worker's start waits for another's."""
+    monkeypatch.setattr(module, "plan_tasks", lambda sources: plan_tasks(sources, task_bytes=64))
+    monkeypatch.setenv(slow_tokenizer.FOLDER, str(tmp_path))
+    tokenizer = slow_tokenizer.wrap(byte_tokenizer(), num_bytes=1 << 20)
+    assert list(tokenise([files], tokenizer, num_workers=2))
+    assert sorted(path.read_text() for path in tmp_path.glob("*.begun")) == ["met", "met"]
 
 
 def test_progress_is_lines_where_there_is_no_terminal(
