@@ -150,7 +150,7 @@ def draw(rows: Sequence[Row], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot, ticker
 
-    figure, (found, loss) = pyplot.subplots(1, 2, figsize=(11, 4.5))
+    figure, (found, loss) = pyplot.subplots(1, 2, figsize=(11, 4.8), layout="constrained")
     for name in dict.fromkeys(row["model"] for row in rows):
         some = [row for row in rows if row["model"] == name]
         distances = [row["distance_tokens"] for row in some]
@@ -167,6 +167,5 @@ def draw(rows: Sequence[Row], path: Path) -> None:
         axis.xaxis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:,.0f}"))
         axis.set_xlabel("tokens from the note to the question")
         axis.grid(alpha=0.3)
-    found.legend(fontsize=8, frameon=False)
-    figure.tight_layout()
+    figure.legend(*found.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
     report.save_figure(figure, path)
