@@ -286,6 +286,7 @@ def shown_run(row: Row) -> Row:
     return {
         "run": " ".join([row.get("config", row["file"]), *row.get("overrides", ())]),
         "GPUs": row.get("gpus"),
+        "device": row.get("environment", {}).get("device"),
         "held to GiB": row.get("card_gib"),
         "of host memory": row.get("host_gib"),
         "optimizer": row.get("optimizer"),
