@@ -648,6 +648,7 @@ def test_the_table_has_speeds_lengths_and_differences(
     run_of_bench |= {"peak_gib": 120.5, "host_pinned_gib": 39.25, "losses": [10.5], "norms": [5.5]}
     run_of_bench["keys"] = {"optimizer": {"name": "apollo-mini", "in_backward": True}}
     run_of_bench["options"] = {"gpu_bytes": 79 * GIB, "host_bytes": None}
+    run_of_bench["environment"] = {"device": "NVIDIA H200"}
     run_of_bench["plan"] = {"seconds": 490.0, "peak_gib": 121.5}
     (tmp_path / "two.json").write_text(json.dumps(run_of_bench))
     table = bench["end_to_end_table"]
@@ -668,7 +669,7 @@ def test_the_table_has_speeds_lengths_and_differences(
     assert f"| + attention saved | AdamW | {lengths.format('that of + 8 groups of heads')}" in shown
     assert "a card of 79.1 GiB, emulated on one NVIDIA H200" in shown
     of_bench = "1,048,576 | trained | 500 | 490 | 2,097 | 120.5 | 121.5 | 39.25 | 10.5 | 5.5 |"
-    held = "2 | 79 | - | APOLLO-Mini in backward"
+    held = "2 | NVIDIA H200 | 79 | - | APOLLO-Mini in backward"
     assert f"| llama3.yaml parallel.ulysses_degree=2 | {held} | {of_bench}" in shown
     assert (tmp_path / "out" / "end_to_end.png").stat().st_size > 10_000
     (tmp_path / "four.json").write_text(json.dumps(run_of_bench | {"gpus": 4}))

@@ -1,4 +1,4 @@
-"""The seconds of a step: against steps that were measured on H200s, and what must make them more or less."""
+"""The seconds of a step: against steps of H200s and H100s that were measured, and what must change them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pytest
 
 from longseq.launch.config_file import load_config
 from longseq.launch.planner.knobs import Knobs
-from longseq.launch.planner.machine import named_machine
+from longseq.launch.planner.machine import Machine, named_machine
 from longseq.launch.planner.seconds import TimeEstimate, estimate_seconds
 from longseq.launch.planner.workload import Workload
 from longseq.mst.layer_memory import SavedAttention
@@ -23,6 +23,7 @@ from longseq.mst.tiling import choose_tile_tokens
 
 RESULTS = Path(__file__).parents[3] / "benchmarks" / "results"
 OFF_BY = 0.12
+GPUS = {"NVIDIA H200": "h200", "NVIDIA H100 80GB HBM3": "h100-80g"}
 LLAMA_3_8B = (
     "model.config={model_type: llama, hidden_size: 4096, intermediate_size: 14336, num_hidden_layers: 32, "
     "num_attention_heads: 32, num_key_value_heads: 8, vocab_size: 128256, max_position_embeddings: 1048576}"
@@ -62,9 +63,12 @@ def knobs(length: int, *, sp: int = 1, zero: int = 0, **others: Any) -> Knobs:
 
 
 def rows(name: str) -> list[dict[str, Any]]:
-    """Of a benchmark's results, those that have a time."""
-    found = json.loads((RESULTS / f"{name}.json").read_text())["rows"]
-    return [row for row in found if row.get("s")]
+    """Of a benchmark's results, those that have a time; with the machine that they are of."""
+    found = json.loads((RESULTS / f"{name}.json").read_text())
+    gpu = GPUS[found["environment"]["device"]]
+    return [
+        row | {"machine": named_machine(gpu, row.get("gpus", 1))} for row in found["rows"] if row.get("s")
+    ]
 
 
 def saved(word: str | None, num_layers: int = 32) -> SavedAttention:
@@ -75,8 +79,8 @@ def saved(word: str | None, num_layers: int = 32) -> SavedAttention:
     return SavedAttention(layers, everything=word == "all")
 
 
-def recorded() -> Iterator[tuple[str, Workload, Knobs, int, float, bool]]:
-    """What was measured: name, work, knobs, GPUs, seconds, and whether an optimizer stepped."""
+def recorded() -> Iterator[tuple[str, Workload, Knobs, Machine, float, bool]]:
+    """What was measured: name, work, knobs, machine, seconds, and whether an optimizer stepped."""
     bf16, under_zero = workload(*BF16_WEIGHTS), workload()
     for row in rows("decoder"):
         match = re.fullmatch(r"longseq-(gpu|host)-(auto|g\d)(-save-(\w+))?", row["key"])
@@ -85,7 +89,7 @@ def recorded() -> Iterator[tuple[str, Workload, Knobs, int, float, bool]]:
         inputs = Placement(1) if match[1] == "host" else ON_GPU
         groups = 2 if match[2] == "auto" else int(match[2][1:])
         made = knobs(row["tokens"], head_groups=groups, inputs=inputs, attention=saved(match[4]))
-        yield f"{row['key']} {row['tokens']}", bf16, made, 1, row["s"], False
+        yield f"{row['key']} {row['tokens']}", bf16, made, row["machine"], row["s"], False
     for row in rows("sequence_parallel"):
         match = re.fullmatch(r"(gpu|host|auto)(\+groups(\d))?(\+(\w+))?", row["key"])
         if row["system"] != "ours":  # ALST's
@@ -100,17 +104,17 @@ def recorded() -> Iterator[tuple[str, Workload, Knobs, int, float, bool]]:
             attention=saved({"auto": "gpu"}.get(match[5], match[5])),
         )
         name = f"{row['key']} {row['gpus']} GPUs {row['tokens']}"
-        yield name, under_zero if with_zero else bf16, made, row["gpus"], row["s"], with_zero
+        yield name, under_zero if with_zero else bf16, made, row["machine"], row["s"], with_zero
     for row in rows("optimizer_memory"):
         if row["key"] in ("bf16-mini", "bf16-mini-in-backward-gpu"):
             work = replace(bf16, in_backward="in-backward" in row["key"])
-            yield row["key"], work, knobs(4096, head_groups=1), 1, row["s"], True
+            yield row["key"], work, knobs(4096, head_groups=1), row["machine"], row["s"], True
 
 
 def test_steps_that_were_measured_take_what_is_estimated() -> None:
     wrong, count = [], 0
-    for name, work, made, gpus, seconds, steps in recorded():
-        estimate = estimate_seconds(work, made, named_machine("h200", gpus))
+    for name, work, made, machine, seconds, steps in recorded():
+        estimate = estimate_seconds(work, made, machine)
         found = sum(part for what, part in estimate.parts if steps or what != "optimizer")
         count += 1
         if abs(found / seconds - 1) > OFF_BY:
