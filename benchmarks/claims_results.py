@@ -45,6 +45,10 @@ class Results:
         self.used: list[str] = []
         self._files: dict[str, Row] = {}
 
+    def has(self, name: str) -> bool:
+        """Whether there is a `name.json`."""
+        return (self.folder / f"{name}.json").exists()
+
     def file(self, name: str) -> Row:
         """The content of `name.json`.
 
@@ -52,10 +56,9 @@ class Results:
             MissingError: It is not there.
         """
         if name not in self._files:
-            path = self.folder / f"{name}.json"
-            if not path.exists():
+            if not self.has(name):
                 raise MissingError(f"there is no {name}.json")
-            self._files[name] = json.loads(path.read_text())
+            self._files[name] = json.loads((self.folder / f"{name}.json").read_text())
         return self._files[name]
 
     def all(self, name: str, /, *having: str, **wanted: Any) -> list[Row]:

@@ -1,8 +1,9 @@
-"""One full-parameter training step of a Llama-3-8B on one GPU: its peak of memory, and where that is.
+"""One full-parameter training step of a Llama on one GPU: its peak of memory, and where that is.
 
 python benchmarks/optimizer_memory.py --out benchmarks/results      # 4,096 tokens; some minutes on an H200
 python benchmarks/optimizer_memory.py --variants int8 --loss-memory-mib 256
-python benchmarks/optimizer_memory.py --tiny                        # on a CPU too, to see that it works
+python benchmarks/optimizer_memory.py --shape llama-7b --out benchmarks/results     # APOLLO's paper's model
+python benchmarks/optimizer_memory.py --shape tiny                  # on a CPU too, to see that it works
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import Any
 
 import report
 import torch
-from decoder_model import NUM_LAYERS, attempt, build, draw_tokens, free, held_gib, host_gib
+from decoder_model import NUM_LAYERS, SHAPES, attempt, build, draw_tokens, free, held_gib, host_gib
 from optimizer_systems import choose, tensors_in
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -30,6 +31,7 @@ from longseq.mst import apply_mini_sequence
 
 Row = dict[str, Any]
 GIB = 2**30
+MAIN_SHAPE = "llama-3-8b"
 EXPANDABLE = "expandable_segments:True"
 MINI_LR, ADAMW_LR = 3e-5, 3e-5
 """Small: a first step along random weights' gradients takes all matrices one way, and may not overshoot."""
@@ -136,12 +138,11 @@ class Training:
     """A model and its optimizer, ready for steps."""
 
     def __init__(self, variant: Variant, args: argparse.Namespace, device: str) -> None:
-        shape = "tiny" if args.tiny else "llama-3-8b"
         self.variant, self.device = variant, device
-        self.model = build(shape, args.layers or NUM_LAYERS[shape], device)
+        self.model = build(args.shape, args.layers or NUM_LAYERS[args.shape], device)
         if variant.bits == 8:
             print(quantize_linears(self.model), flush=True)
-        self.ids = draw_tokens(self.model, args.tokens or (96 if args.tiny else 4096))
+        self.ids = draw_tokens(self.model, args.tokens or (96 if args.shape == "tiny" else 4096))
         self.mini_sequence = apply_mini_sequence(
             self.model,
             checkpoints=variant.checkpoints,
@@ -311,16 +312,19 @@ class Bench:
             main.append(shown)
         tables = [("The step", main), ("Peak GiB by phase", phases), ("Peak GiB by arithmetic", parts)]
         facts = {
-            "tiny": self.args.tiny,
+            "shape": self.args.shape,
             "layers": self.args.layers,
             "tokens": self.args.tokens,
             "loss_memory_mib": self.args.loss_memory_mib,
             "tile_tokens": self.args.tile_tokens,
             "allocator": _allocator() or (EXPANDABLE if self.device == "cuda" else None),
         }
-        title = "Memory of a full-parameter training step of Llama-3-8B"
+        table = "optimizer_memory"
+        if self.args.shape != MAIN_SHAPE:
+            table += f"_{self.args.shape.replace('-', '_')}"
+        title = f"Memory of a full-parameter training step of the shape {self.args.shape}"
         shown = {"tables": tables, "note": NOTE, "show": show}
-        report.write("optimizer_memory", title, self.rows, self.args.out, **shown, **facts)
+        report.write(table, title, self.rows, self.args.out, **shown, **facts)
 
     def say(self, text: str) -> None:
         """A line of progress."""
@@ -336,7 +340,7 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
     """What was asked for."""
     parser = report.arguments(__doc__.splitlines()[0])
     parser.add_argument("--variants", nargs="+", help="keys, or beginnings of them; default: all")
-    parser.add_argument("--tiny", action="store_true", help="a small model and few tokens")
+    parser.add_argument("--shape", choices=SHAPES, default=MAIN_SHAPE)
     parser.add_argument("--layers", type=int, help="decoder layers; default: all of the model's")
     parser.add_argument("--tokens", type=int, help="default: 4,096, or 96 if tiny")
     parser.add_argument("--steps", type=int, default=3, help="the first is not measured")

@@ -168,7 +168,7 @@ def test_apollo(claims, tmp_path: Path) -> None:
     put(tmp_path, "optimizer_pretraining", *runs, settings={"parameters": 58e6, "tokens": 1e8})
     memory = [
         {"key": "bf16-mini-in-backward", "components": {"weights": 15.0}},
-        {"key": "int8-mini-in-backward", "device GiB": 11.0, "peak GiB": 10.0},
+        {"key": "int8-mini-in-backward", "device GiB": 11.25, "peak GiB": 10.0},
     ]
     put(tmp_path, "optimizer_memory", *memory)
     rows = table(claims, tmp_path)
@@ -178,12 +178,14 @@ def test_apollo(claims, tmp_path: Path) -> None:
     assert rows["APOLLO perplexity"]["verdict"] == "not reached: AdamW, tuned, is ahead"
     assert "1.1 and 1.25 times AdamW's" in rows["APOLLO perplexity"]["ours"]
     assert rows["APOLLO perplexity"]["where"] == "a GPU, 2020-02-02"
-    assert rows["APOLLO under-12gb"]["verdict"] == "reached"
-    put(tmp_path, "optimizer_memory", *memory, remark="It was earlier code.")
+    assert rows["APOLLO under-12gb"]["verdict"] == "short by a factor of 1.01"
+    memory[0]["components"]["weights"], memory[1]["device GiB"] = 12.5, 10.0
+    put(tmp_path, "optimizer_memory_llama_7b", *memory)
     put(tmp_path, "optimizer", *({"key": key} | state | {"formula": 8} for key in keys))
     rows = table(claims, tmp_path)
-    assert rows["APOLLO under-12gb"]["verdict"] == "reached by earlier code"
-    assert rows["APOLLO under-12gb"]["ours"].endswith("It was earlier code.")
+    assert rows["APOLLO under-12gb"]["verdict"] == "reached"
+    assert rows["APOLLO under-12gb"]["ours"].startswith("6.71B weights: 10.74 GB of the GPU in use")
+    assert "; 8.05B weights: 12.08 GB" in rows["APOLLO under-12gb"]["ours"]
     assert rows["APOLLO state-memory"]["verdict"] == "not as the formula says"
 
 

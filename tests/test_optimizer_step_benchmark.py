@@ -127,8 +127,8 @@ def test_an_unknown_key_is_refused(bench) -> None:
 
 def test_every_variant_takes_the_step(bench, tmp_path: Path) -> None:
     """Updates in backward, and inputs on the host, change no number."""
-    bench["optimizer_memory"].main(["--tiny", "--out", str(tmp_path)])
-    rows = {row["key"]: row for row in kept(tmp_path, "optimizer_memory")}
+    bench["optimizer_memory"].main(["--shape", "tiny", "--out", str(tmp_path)])
+    rows = {row["key"]: row for row in kept(tmp_path, "optimizer_memory_tiny")}
     assert len(rows) == 6
     assert not any("note" in row for row in rows.values())
     bf16, int8 = rows["bf16-mini-in-backward"], rows["int8-mini-in-backward"]
@@ -150,13 +150,13 @@ def test_every_variant_takes_the_step(bench, tmp_path: Path) -> None:
 def test_a_loss_that_does_not_fall_is_refused(bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench["optimizer_memory"], "MINI_LR", 0.0)
     with pytest.raises(SystemExit, match="the loss does not fall"):
-        bench["optimizer_memory"].main(["--tiny", "--variants", "bf16-mini", "--out", str(tmp_path)])
-    assert kept(tmp_path, "optimizer_memory")[0]["note"].startswith("refused: the loss does not fall")
+        bench["optimizer_memory"].main(["--shape", "tiny", "--variants", "bf16-mini", "--out", str(tmp_path)])
+    assert kept(tmp_path, "optimizer_memory_tiny")[0]["note"].startswith("refused: the loss does not fall")
 
 
 def test_other_losses_or_norms_than_the_first_variants_are_refused(bench) -> None:
     memory = bench["optimizer_memory"]
-    run = memory.Bench(memory.arguments(["--tiny"]))
+    run = memory.Bench(memory.arguments(["--shape", "tiny"]))
     run.rows = [{"key": "bf16-mini-in-backward", "losses": [6.0, 5.0], "norms": [1.0, 1.0]}]
     bf16, int8 = memory.VARIANTS[1], memory.VARIANTS[2]
 
@@ -180,7 +180,7 @@ def test_phases_of_a_peak_end_in_their_order(bench, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda: 7 * 2**30)
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: None)
     [variant] = bench["optimizer_systems"].choose(memory.VARIANTS, [key], "--variants")
-    training = memory.Training(variant, memory.arguments(["--tiny"]), "cpu")
+    training = memory.Training(variant, memory.arguments(["--shape", "tiny"]), "cpu")
     training.peaks._on_gpu = True
     alive = []
     head = training.model.get_output_embeddings().weight
