@@ -22,11 +22,13 @@ class GatheredSizes(NamedTuple):
     Attributes:
         layer: Of the largest module that is gathered whole, or of the largest of all where none is.
         sharded: Those of them that are not whole already.
+        beside: In small weights of other modules that are not whole: of the final norm.
         whole: Weights up to so many elements stay whole.
     """
 
     layer: int
     sharded: int
+    beside: int
     whole: int
 
 
@@ -86,12 +88,13 @@ def gathered_sizes(module: nn.Module) -> GatheredSizes:
     """How many elements ZeRO-3 gathers at once: a marked module with all below it, another with its own."""
     units = list(_gathered_together(module))
     gathered = [numels for numels, is_marked in units if is_marked] or [numels for numels, _ in units]
-    small = [is_marked for numels, is_marked in units for n in numels if n <= PERSISTENT_NUMEL]
-    whole = 0 if 2 * sum(small) > len(small) else PERSISTENT_NUMEL
+    small = [(n, is_marked) for numels, is_marked in units for n in numels if n <= PERSISTENT_NUMEL]
+    whole = 0 if 2 * sum(is_marked for _, is_marked in small) > len(small) else PERSISTENT_NUMEL
     return GatheredSizes(
-        max(map(sum, gathered), default=0),
-        max((sum(n for n in numels if n > whole) for numels in gathered), default=0),
-        whole,
+        layer=max(map(sum, gathered), default=0),
+        sharded=max((sum(n for n in numels if n > whole) for numels in gathered), default=0),
+        beside=sum(n for n, is_marked in small if not is_marked and n > whole),
+        whole=whole,
     )
 
 
@@ -112,7 +115,9 @@ def _communication(stage: int, sizes: GatheredSizes) -> dict[str, Any]:
       weights are sent for in the order of the step before, on a stream of their own: as many as the prefetch
       bucket holds, whatever is on its way already. Marks make no difference there, and weights that are
       whole already do not count. A bucket of one layer brings all of the next one under this one's computing;
-      the default, 50 M, a quarter of a Llama-3-8B layer, the rest of which is waited for.
+      the default, 50 M, a quarter of a Llama-3-8B layer, the rest of which is waited for. In backward the
+      final norm comes before the last layer: without room for both, that layer's last weight would be sent
+      with the layer below, which then had to be there, in two places, while the last one runs.
     - `max_live_parameters` bounds what is whole and what is on its way together. With two layers it is this
       one and the next. By default (1 G), the entries before the first layer send for four of them, and
       four stay there. Nothing is sent for beside an embedding or LM head that is larger than that: the
@@ -137,7 +142,7 @@ def _communication(stage: int, sizes: GatheredSizes) -> dict[str, Any]:
         "overlap_comm": True,
         "contiguous_gradients": False,
         "reduce_bucket_size": bucket,
-        "stage3_prefetch_bucket_size": sizes.sharded,
+        "stage3_prefetch_bucket_size": sizes.sharded + sizes.beside,
         "stage3_max_live_parameters": 2 * sizes.sharded,
         "stage3_max_reuse_distance": 1,
         "stage3_param_persistence_threshold": sizes.whole,

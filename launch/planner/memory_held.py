@@ -22,7 +22,7 @@ class Held:
         buffers: Of communication, throughout.
         backward_buffers: Of communication, in backward.
         gathered: Weights that ZeRO-3 gathers while a layer is run: this one's, and the next one's coming.
-        gathered_last: In the last layer: nothing is sent for beside an LM head larger than a layer.
+        gathered_last: In the last layer's forward: what comes is the LM head.
         gathered_head: At the LM head.
         lingering: Gradients of the layer above that wait to be reduced while a layer's backward is run.
         head_reduction: What is alive to reduce the LM head's gradient.

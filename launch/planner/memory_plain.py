@@ -42,7 +42,7 @@ class PlainLayers:
         for index in range(last, -1, -1):
             parts = (
                 ("gradients", gradients + lingering),
-                ("gathered weights", found.gathered if index < last else found.gathered_last),
+                ("gathered weights", found.gathered),
                 ("what layers keep for backward", (index + 1) * saved),
                 ("a layer's tensors and gradients", self._at_work()),
             )

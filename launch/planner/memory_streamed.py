@@ -57,7 +57,7 @@ class StreamedLayers:
             for name, moment in self._backward(index):
                 parts = (
                     ("gradients", gradients + lingering),
-                    ("gathered weights", found.gathered if index < last else found.gathered_last),
+                    ("gathered weights", found.gathered),
                     *kept,
                     ("inputs that have come back", fetched),
                     ("a layer's tensors", moment.tensors),

@@ -108,6 +108,7 @@ def _stage_3(work: Workload, knobs: Knobs) -> Held:
     parts = each * (trained + work.frozen_numel) // ranks
     layer = each * _bucket_numel(work)
     gradients = each * work.numel(layer=work.widest_layer, trained=True)
+    head = each * (work.numel("head") or work.numel("embedding"))
     # A single rank has all weights whole where they are.
     comes = ranks > 1 or knobs.offload_parameters
     host = 0
@@ -126,8 +127,8 @@ def _stage_3(work: Workload, knobs: Knobs) -> Held:
         states=0 if knobs.offload_optimizer else states,
         sums=0 if knobs.offload_optimizer else partition,
         gathered=2 * layer * comes,
-        gathered_last=layer * comes,
-        gathered_head=each * (work.numel("head") or work.numel("embedding")) * comes,
+        gathered_last=(layer + head) * comes,
+        gathered_head=head * comes,
         lingering=gradients,
         head_reduction=each * work.numel("head", trained=True),
         layer_reduction=gradients,

@@ -183,13 +183,14 @@ def test_small_weights_stay_whole_where_most_would_be_gathered_alone() -> None:
 def test_sizes_are_those_of_what_is_gathered_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("longseq.distributed.zero_config.PERSISTENT_NUMEL", 10)
     layer = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 4))  # 32 + 8 + 32 + 4
-    model = nn.Sequential(nn.Embedding(100, 4), layer, nn.Linear(4, 100, bias=False))
-    assert gathered_sizes(model) == GatheredSizes(layer=400, sharded=400, whole=10)
+    norm, head = nn.LayerNorm(4, bias=False), nn.Linear(4, 100, bias=False)
+    model = nn.Sequential(nn.Embedding(100, 4), layer, norm, head)
+    assert gathered_sizes(model) == GatheredSizes(layer=400, sharded=400, beside=0, whole=10)
     layer._z3_leaf = True
-    assert gathered_sizes(model) == GatheredSizes(layer=76, sharded=76, whole=0)
+    assert gathered_sizes(model) == GatheredSizes(layer=76, sharded=76, beside=4, whole=0)
     zero = ZeroOptions(3).deepspeed_config(2, model)["zero_optimization"]
     assert zero["stage3_param_persistence_threshold"] == 0
-    assert zero["stage3_prefetch_bucket_size"] == 76
+    assert zero["stage3_prefetch_bucket_size"] == 76 + 4
     assert zero["stage3_max_live_parameters"] == 152
     assert zero["reduce_bucket_size"] == 76
     assert set(ZeroOptions(2).deepspeed_config(2, model)["zero_optimization"]) == {

@@ -163,22 +163,23 @@ def watch_gathered(engine: Any, layers: nn.ModuleList) -> list[list[int]]:
     return found
 
 
-def watch_entered(engine: Any, layers: nn.ModuleList) -> list[list[int]]:
-    """Each layer that is entered, and the others of which weights are there or on their way; -1: not all."""
-    found: list[list[int]] = []
+def watch_entered(engine: Any, layers: nn.ModuleList) -> list[dict[str, Any]]:
+    """Each layer that is entered, the others that are sent for (-1: in parts), and those that are whole."""
+    found: list[dict[str, Any]] = []
     coordinator = engine._engine.optimizer.parameter_offload.get_param_coordinator()
     original, indices = coordinator.fetch_sub_module, {layer: index for index, layer in enumerate(layers)}
 
     def watching(module: nn.Module, forward: bool) -> None:
         original(module, forward=forward)
         if module in indices:
-            entry = [indices[module]]
+            sent, whole = [], []
             for layer, index in indices.items():
-                away = [param for param in layer.parameters() if not param.ds_persist]
-                sent = {param.ds_status.name != "NOT_AVAILABLE" for param in away}
-                if layer is not module and True in sent:
-                    entry.append(-1 if False in sent else index)
-            found.append(entry)
+                states = {param.ds_status.name for param in layer.parameters() if not param.ds_persist}
+                if layer is module or states == {"NOT_AVAILABLE"}:
+                    continue
+                sent.append(-1 if "NOT_AVAILABLE" in states else index)
+                whole += [index] if "AVAILABLE" in states else []
+            found.append({"layer": indices[module], "forward": forward, "sent": sent, "whole": whole})
 
     coordinator.fetch_sub_module = watching
     return found
@@ -222,8 +223,8 @@ def zero_case(
     return {**result, "weights": whole_weights(model), **seen}
 
 
-def prefetch_case() -> list[list[int]]:
-    """Each layer that is entered in a later step, and the others whose weights are all there or on their way.
+def prefetch_case() -> list[dict[str, Any]]:
+    """Each layer that is entered in a later step, and what there is of the others.
 
     What the options ask for is asked for, as if weights were too large to stay and, as in real models, the
     embedding larger than two layers.
@@ -435,7 +436,14 @@ def test_layers_of_no_known_family_are_probed_where_they_are_sharded(outcomes: d
 
 
 def test_the_next_layer_is_sent_for_whole_and_none_beyond(outcomes: dict[str, list]) -> None:
-    forward = [[index, index + 1] for index in range(LAYERS - 1)] + [[LAYERS - 1]]
-    backward = [[index, index - 1] for index in reversed(range(1, LAYERS))] + [[0]]
+    forward = [(index, [index + 1]) for index in range(LAYERS - 1)] + [(LAYERS - 1, [])]
+    backward = [(index, [index - 1]) for index in reversed(range(1, LAYERS))] + [(0, [])]
     for entered in outcomes["Prefetch"]:
-        assert entered == [*forward, *backward] * (STEPS * MICRO_BATCHES // 2)
+        sent = [(entry["layer"], entry["sent"]) for entry in entered]
+        assert sent == [*forward, *backward] * (STEPS * MICRO_BATCHES // 2)
+
+
+def test_no_other_layer_is_whole_beside_a_layers_backward(outcomes: dict[str, list]) -> None:
+    """What is on its way has one place; what has come with others is copied out of it, and takes two."""
+    for entered in outcomes["Prefetch"]:
+        assert not [entry for entry in entered if entry["whole"] and not entry["forward"]]
