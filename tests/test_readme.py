@@ -73,6 +73,16 @@ def test_commands_for_gpus_are_valid_configs() -> None:
         load_config(words[2], [word for word in words[3:] if "=" in word and not word.startswith("-")])
 
 
+def test_the_plan_that_is_shown_is_what_is_printed() -> None:
+    [command] = [command for command in commands("sh") if command.startswith("longseq plan")]
+    [shown] = re.findall(r"```\n(meta-llama.*?)```", README, flags=re.DOTALL)
+    words = [sys.executable, "-m", "longseq.launch.cli", *shlex.split(command)[1:]]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    printed = subprocess.run(words, env=environment, capture_output=True, text=True, check=True).stdout
+    plan = [line for line in printed.splitlines() if not line.startswith("note: ")]
+    assert shown.splitlines() == plan[:3]
+
+
 @pytest.mark.parametrize("code", [block for language, block in BLOCKS if language == "python"])
 def test_python_is_python_that_runs(code: str) -> None:
     exec(compile(PRELUDE + code, "README.md", "exec"), {"__name__": "__main__"})
