@@ -129,7 +129,7 @@ CLAIMS = (
         "A 7B model trains under 12 GB with 8-bit weights",
         "under 12 GB; 11 GB by its README",
         "LLaMA-7B, batch 1, A100",
-        f"python benchmarks/optimizer_memory.py --shape llama-7b {RESULTS}; without --shape: 8B",
+        f"python benchmarks/optimizer_memory.py --shape llama-7b {RESULTS}",
         numbers.under_twelve,
     ),
     apollo(

@@ -175,6 +175,7 @@ def run_facts(run: Path, length: int) -> Row:
         "step_s": statistics.median(record["seconds"] for record in later),
         "tokens_per_second": statistics.median(record["tokens_per_second"] for record in later),
         "peak_gib": max(record["peak_memory_gib"] for record in steps),
+        "lr": max(record["lr"] for record in steps),
         "first_loss": steps[0]["loss"],
         "last_loss": statistics.fmean(record["loss"] for record in steps[-10:]),
         "evals": [{key: record[key] for key in ("step", "eval_loss", "eval_tokens")} for record in evals],

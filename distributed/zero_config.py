@@ -117,7 +117,8 @@ def _communication(stage: int, sizes: GatheredSizes) -> dict[str, Any]:
       whole already do not count. A bucket of one layer brings all of the next one under this one's computing;
       the default, 50 M, a quarter of a Llama-3-8B layer, the rest of which is waited for. In backward the
       final norm comes before the last layer: without room for both, that layer's last weight would be sent
-      with the layer below, which then had to be there, in two places, while the last one runs.
+      with the layer below, which then had to be there, in two places, while the last one runs. The same room
+      brings the second layer's first weight along with the first layer, in forward, where memory is plenty.
     - `max_live_parameters` bounds what is whole and what is on its way together. With two layers it is this
       one and the next. By default (1 G), the entries before the first layer send for four of them, and
       four stay there. Nothing is sent for beside an embedding or LM head that is larger than that: the

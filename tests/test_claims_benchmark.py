@@ -179,13 +179,15 @@ def test_apollo(claims, tmp_path: Path) -> None:
     assert "1.1 and 1.25 times AdamW's" in rows["APOLLO perplexity"]["ours"]
     assert rows["APOLLO perplexity"]["where"] == "a GPU, 2020-02-02"
     assert rows["APOLLO under-12gb"]["verdict"] == "short by a factor of 1.01"
+    assert "--shape" not in rows["APOLLO under-12gb"]["command"]
     memory[0]["components"]["weights"], memory[1]["device GiB"] = 12.5, 10.0
     put(tmp_path, "optimizer_memory_llama_7b", *memory)
     put(tmp_path, "optimizer", *({"key": key} | state | {"formula": 8} for key in keys))
     rows = table(claims, tmp_path)
     assert rows["APOLLO under-12gb"]["verdict"] == "reached"
-    assert rows["APOLLO under-12gb"]["ours"].startswith("6.71B weights: 10.74 GB of the GPU in use")
-    assert "; 8.05B weights: 12.08 GB" in rows["APOLLO under-12gb"]["ours"]
+    assert rows["APOLLO under-12gb"]["ours"].startswith("10.74 GB of the GPU in use")
+    assert "6.71B weights" in rows["APOLLO under-12gb"]["ours"]
+    assert "--shape llama-7b" in rows["APOLLO under-12gb"]["command"]
     assert rows["APOLLO state-memory"]["verdict"] == "not as the formula says"
 
 

@@ -169,11 +169,11 @@ class Encoder:
             )
         encoding = self._tokenizer.backend_tokenizer.encode(text, add_special_tokens=False)
         starts, stops = np.array(encoding.offsets, np.int64).reshape(-1, 2).T
-        in_spans = np.zeros(len(text) + 1, np.int32)
+        in_span = np.zeros(len(text) + 1, bool)  # the character before each place
         for first, last in spans:
-            in_spans[first + 1 : last + 1] = 1
-        in_spans = in_spans.cumsum()  # characters of spans before each place
-        return np.array(encoding.ids, np.int64), in_spans[stops] > in_spans[starts]
+            in_span[first + 1 : last + 1] = True
+        before = in_span.cumsum(dtype=np.int32)  # characters of spans up to each place
+        return np.array(encoding.ids, np.int64), before[stops] > before[starts]
 
     def _with_ends(self, ids: np.ndarray) -> tuple[np.ndarray, int]:
         """Puts bos and eos around, where the tokenizer has them and the text has not; counts the bos."""

@@ -175,7 +175,7 @@ def watch_entered(engine: Any, layers: nn.ModuleList) -> list[dict[str, Any]]:
             sent, whole = [], []
             for layer, index in indices.items():
                 states = {param.ds_status.name for param in layer.parameters() if not param.ds_persist}
-                if layer is module or states == {"NOT_AVAILABLE"}:
+                if layer is module or states <= {"NOT_AVAILABLE"}:
                     continue
                 sent.append(-1 if "NOT_AVAILABLE" in states else index)
                 whole += [index] if "AVAILABLE" in states else []
