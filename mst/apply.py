@@ -63,8 +63,8 @@ def apply_mini_sequence(
         save_attention: Keep attention's output and log-sum-exp too, which spares its second forward for 8 KiB
             a token and layer of a Llama-3-8B: of every layer "gpu" or "host", of the last so many layers on
             the GPU (a number), or True, as much as there is room for. "all" keeps queries, keys, values
-            and the sum behind attention too, 28 KiB in all, and runs no product before the MLP again. A
-            `SavedAttention` says all of it.
+            and the sum behind attention too, 28 KiB in all, and runs no product before the MLP again; with
+            more than two groups of heads the sum alone. A `SavedAttention` says all of it.
         loss: "cce" (cut cross-entropy), "mini_sequence" (the head itself, tile by tile) or "logits" (as
             it was).
         loss_memory_mib: MiB that the loss may take beside its gradients; None lets the method choose.

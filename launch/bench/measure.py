@@ -8,6 +8,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import psutil
@@ -103,11 +104,15 @@ class Measurement:
         Args:
             num_tokens: Of each row of the batch, less than it has, for a step that only warms up.
         """
+        wholes = self._wholes(num_tokens)
+        self._wait()
+        return self._over_ranks(self._step(wholes))
+
+    def _step(self, wholes: list[Batch]) -> float:
+        """What is timed: a step of a batch that is there."""
         parts, groups, watch = self.parts, self.groups, self.watch
         assert parts is not None
         engine, lr = parts.engine, self.config.optimizer.lr
-        wholes = self._wholes(num_tokens)
-        self._wait()
         started = time.perf_counter()
         watch.begin()
         batches = [shard_batch(whole, groups) for whole in wholes]
@@ -127,7 +132,7 @@ class Measurement:
         seconds = time.perf_counter() - started
         watch.end()
         self.row |= {"loss": total, "norm": norm}
-        return self._over_ranks(seconds)
+        return seconds
 
     def warm_up(self, tell: Callable[[str], None]) -> None:
         """A short step, for kernels to be compiled, and the host memory that long ones will want pinned."""
@@ -196,13 +201,16 @@ class Measurement:
         return text + (f"; peak {row['peak_bytes'] / 2**30:.2f} GiB" if "peak_bytes" in row else "")
 
     def _profiled(self) -> Row:
+        """Of what is timed. The other ranks are ahead by what a profiler takes to start, and wait."""
         from .profile import profile_step
 
+        wholes = self._wholes(None)
+        self._wait()
         if self.groups.is_main:
-            found = profile_step(self.step, self.device)
+            found = profile_step(partial(self._step, wholes), self.device)
             self.profile_lines = found.table()
             return found.as_json()
-        self.step()
+        self._step(wholes)
         return {}
 
     def _keep_memory(self) -> None:

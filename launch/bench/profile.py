@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import bisect
+import itertools
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 
-from .gaps import Event, Gap, Span, explain, find_gaps, length, merged
+from .gaps import Event, Gap, Span, explain, find_gaps, length, merged, overlap
 from .kernel_kinds import ATTENTION, BESIDE, PRODUCTS, computes, kind_of, order, short_name
 from .recording import Recording, record
 
@@ -39,7 +41,7 @@ class KindTime(NamedTuple):
 
 
 class TopKernel(NamedTuple):
-    """A kernel that takes much of the step: its seconds are summed over its calls."""
+    """A kernel that takes much of the step: its seconds are summed over its calls and streams."""
 
     name: str
     seconds: float
@@ -61,6 +63,8 @@ class StepProfile:
         before_first_s: From the step's call to the first kernel or copy.
         after_last_s: From the last one's end to the end of the step.
         top: The kernels that took most.
+        top_beside: Of the others than products and attention those that took most, in the seconds in which
+            neither of these ran; several may have run at once.
     """
 
     on_gpu: bool
@@ -73,6 +77,7 @@ class StepProfile:
     before_first_s: float = 0.0
     after_last_s: float = 0.0
     top: tuple[TopKernel, ...] = ()
+    top_beside: tuple[TopKernel, ...] = ()
 
     @property
     def idle_s(self) -> float:
@@ -110,7 +115,8 @@ class StepProfile:
             },
             "gaps": [self._gap_json(gap) for gap in self.gaps],
             "small_gaps": {"count": self.small_gaps, "s": self.small_gaps_s},
-            "top": [{"kernel": top.name, "s": top.seconds, "calls": top.calls} for top in self.top],
+            "top": [_kernel_json(kernel) for kernel in self.top],
+            "top_beside": [_kernel_json(kernel) for kernel in self.top_beside],
         }
 
     def table(self) -> list[str]:
@@ -135,7 +141,8 @@ class StepProfile:
             for kind, took in self.kinds.items()
         ]
         rows.append(("idle", "", f"{self.idle_s:.4f}", self._percent(self.idle_s), ""))
-        lines += [*_aligned(rows), "", f"gaps between computing kernels, over {SMALLEST_GAP:.1%} of the step"]
+        lines += [*_aligned(rows), "", *self._beside_lines()]
+        lines.append(f"gaps between computing kernels, over {SMALLEST_GAP:.1%} of the step")
         rows = [("before", "after", "s", "share", "times", "longest s", "meanwhile")]
         rows += [
             (
@@ -147,6 +154,18 @@ class StepProfile:
         small = self.small_gaps_s
         rows.append(("all others", "", f"{small:.4f}", self._percent(small), f"{self.small_gaps}", "", ""))
         return lines + _aligned(rows)
+
+    def _beside_lines(self) -> list[str]:
+        """The kernels beside products and attention that are worth a look."""
+        rows = [
+            (short_name(name), f"{seconds:.4f}", self._percent(seconds), f"{calls}")
+            for name, seconds, calls in self.top_beside
+            if seconds >= SMALLEST_GAP * self.wall_s
+        ]
+        if not rows:
+            return []
+        title = f"kernels while neither products nor attention run, over {SMALLEST_GAP:.1%} of the step"
+        return [title, *_aligned([("kernel", "s", "share", "calls"), *rows]), ""]
 
     def _share(self, seconds: float) -> float:
         return seconds / self.wall_s if self.wall_s else 0.0
@@ -166,6 +185,10 @@ class StepProfile:
             "beside": {kind: ns / _NS for kind, ns in gap.beside.items()},
             "host": {call: ns / _NS for call, ns in gap.host.items()},
         }
+
+
+def _kernel_json(kernel: TopKernel) -> dict[str, Any]:
+    return {"kernel": kernel.name, "s": kernel.seconds, "calls": kernel.calls}
 
 
 def meanwhile(gap: dict[str, Any]) -> str:
@@ -236,6 +259,7 @@ def taken_apart(recording: Recording) -> StepProfile:
         before_first_s=(busy[0][0] - start) / _NS if busy else 0.0,
         after_last_s=(end - busy[-1][1]) / _NS if busy else 0.0,
         top=top_kernels(events),
+        top_beside=top_kernels(_beside_the_work(events)),
     )
 
 
@@ -247,6 +271,20 @@ def _beside(events: Iterable[Event]) -> dict[str, list[Span]]:
         if not computes(kind):
             spans[kind].append((event.start, event.end))
     return {kind: merged(found) for kind, found in spans.items()}
+
+
+def _beside_the_work(events: Sequence[Event]) -> Iterator[Event]:
+    """Events of other kinds than products and attention, shortened to when neither of these ran."""
+    work = (*PRODUCTS, *ATTENTION)
+    inside = merged((event.start, event.end) for event in events if kind_of(event.name) in work)
+    ends = [end for _, end in inside]
+    for start, end, name in events:
+        if kind_of(name) in work:
+            continue
+        # Only what is inside from the first span that ends after this one's start.
+        first = bisect.bisect_right(ends, start)
+        near = itertools.takewhile(lambda span, end=end: span[0] < end, itertools.islice(inside, first, None))
+        yield Event(start, end - overlap([(start, end)], list(near)), name)
 
 
 def by_kind(events: Sequence[Event]) -> dict[str, KindTime]:

@@ -12,13 +12,14 @@ from typing import Literal
 
 from ...distributed.attention import KERNELS
 from ...distributed.short_offsets import MOST_OFFSET
-from ...mst.projections import MOST_GROUPS_AT_ONCE
 from .knobs import Knobs
 from .memory_sizes import Sizes, attending, exchanges_in_turn, group_plan, kernel_workspace
 from .workload import Workload
 
-Keeps = Literal["nothing", "fetched", "output", "all"]
-"""What forward has kept of a layer's attention: its output on the host, or on the GPU, or all on the GPU."""
+Keeps = Literal["nothing", "fetched", "output", "joined", "all"]
+"""What forward has kept of a layer's attention: its output on the host, or on the GPU; there also what the
+MLP half starts from, and all with queries, keys and values."""
+ON_GPU = ("output", "joined", "all")
 
 
 @dataclass(frozen=True)
@@ -58,8 +59,7 @@ class LayerMemory:
         )
         self._mlp_half = work.numel("gate_up", "down", "output", layer=layer) if not work.has_adapters else 0
         self._projections = work.numel("projections", layer=layer)
-        sliceable = not work.layer.norms_whole
-        self.at_once = num_groups <= MOST_GROUPS_AT_ONCE or not sliceable
+        self.at_once = work.layer.at_once(num_groups)
         self.shares = knobs.ulysses_degree > 1
         self.shared = attending(sizes, work.layer.heads, knobs.ulysses_degree, num_groups)
         self.in_turn = exchanges_in_turn(work.layer.heads, knobs.ulysses_degree, num_groups)
@@ -112,7 +112,7 @@ class LayerMemory:
             # Gradients take the projections' place, but not the place of saved ones.
             tensors += sizes.heads
         else:  # queries' gradients take the place of attention's output, but not of a saved one
-            tensors += sizes.key_values + (sizes.queries if keeps == "output" else 0)
+            tensors += sizes.key_values + (sizes.queries if keeps in ON_GPU else 0)
             tensors += sizes.heads // groups
             if self.in_turn and not self.work.layer.norms_heads:
                 left = sizes.heads // groups  # once they are sent
@@ -146,7 +146,7 @@ class LayerMemory:
             tensors = sizes.input + of_attention + (sizes.heads + sizes.queries) // groups
         if keeps == "all":
             tensors -= sizes.heads
-        if keeps in ("output", "all"):
+        if keeps in ON_GPU:
             tensors -= of_attention
         return LayerMoment(max(tensors, 0), exchange=self._forward_exchange(), weights=self.copies)
 
@@ -192,7 +192,7 @@ class LayerMemory:
         if keeps == "nothing":
             tensors += sizes.queries + sizes.log_sums
         # As in attention's backward, queries' gradients may take the place of attention's output.
-        beside = sizes.queries if self.at_once or keeps == "output" else 0
+        beside = sizes.queries if self.at_once or keeps in ON_GPU else 0
         tensors += sizes.key_values + beside
         sums = 0 if self.work.has_adapters else 4 * self._projections
         finished = self._mlp_half * self._weight_bytes
@@ -228,7 +228,7 @@ class LayerMemory:
         one = tile * shape.hidden_size * self._numbers  # tokens as products take them
         wide = tile * shape.intermediate_size * self._numbers  # gate, up, or their product
         # What the half starts from, where it is not saved.
-        is_saved = keeps == "all" and not self.work.layer.post_attention_norm
+        is_saved = keeps in ("joined", "all") and not self.work.layer.post_attention_norm
         joined = 0 if is_saved else tile * shape.hidden_size * self._weight_bytes
         layer = self.work.layer
         # Normalised tokens and a cast gradient; what goes into a norm behind, and what comes out of it.

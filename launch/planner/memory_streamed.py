@@ -24,12 +24,13 @@ class StreamedLayers:
         self.inputs = self.knobs.inputs.all_places(num)
         self.rebuilt_beside = self.knobs.inputs.rebuilt_beside(num)
         self.attention = [self.knobs.attention.where(index, num) for index in range(num)]
+        self._layer = LayerMemory(self.work, self.knobs, self.sizes, self.knobs.head_groups)
         each = self.sizes.queries + self.sizes.log_sums
         if self.knobs.attention.everything:
-            each += self.sizes.heads
+            # Projected group by group, queries, keys and values are never there as a whole.
+            each += self.sizes.heads if self._layer.at_once else 0
             each += 0 if self.work.layer.post_attention_norm else self.sizes.hidden
         self._saved_bytes = each
-        self._layer = LayerMemory(self.work, self.knobs, self.sizes, self.knobs.head_groups)
 
     @property
     def kept_by_all(self) -> Parts:
@@ -138,7 +139,9 @@ class StreamedLayers:
             return "nothing"
         if where == "host":
             return "fetched"
-        return "all" if self.knobs.attention.everything else "output"
+        if not self.knobs.attention.everything:
+            return "output"
+        return "all" if self._layer.at_once else "joined"
 
     def _groups(self, index: int) -> int:
         """Of a layer's backward: "auto" takes one where inputs that are gone have left room."""

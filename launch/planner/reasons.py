@@ -15,6 +15,7 @@ from .costs import Costs
 from .inside import NOTHING, head_groups, tiles, with_parallel
 from .knobs import Knobs
 from .layouts import layouts
+from .workload import Workload
 
 SAME = 0.001
 """Shares of a step below this are not told: the estimate does not know them."""
@@ -57,7 +58,7 @@ def reasons(
         ("parallel.offload_optimizer", chosen.parallel.offload_optimizer),
         ("parallel.offload_parameters", chosen.parallel.offload_parameters),
         ("sequence.checkpoints", inputs_text(knobs, layers)),
-        ("sequence.save_attention", attention_text(knobs, layers)),
+        ("sequence.save_attention", attention_text(knobs, costs.work)),
         ("sequence.head_groups", str(knobs.head_groups)),
         ("sequence.tile_tokens", "one tile" if knobs.tile_tokens is None else f"{knobs.tile_tokens:,}"),
     ):
@@ -77,11 +78,13 @@ def inputs_text(knobs: Knobs, num_layers: int) -> str:
     return ", ".join(f"{count} {names[where]}" for count, where in counts if count)
 
 
-def attention_text(knobs: Knobs, num_layers: int) -> str:
+def attention_text(knobs: Knobs, work: Workload) -> str:
     """What is kept of attention."""
-    saved = knobs.attention
+    saved, num_layers = knobs.attention, work.num_layers
     on_gpu = min(saved.gpu_layers, num_layers)
-    what = "output, queries, keys, values" if saved.everything else "output"
+    what = "output"
+    if saved.everything:
+        what += ", queries, keys, values" if work.layer.at_once(knobs.head_groups) else ", sum with the input"
     parts = [f"{what} of {on_gpu} on the GPU"] if on_gpu else []
     parts += [f"output of {num_layers - on_gpu} on the host"] if saved.host and on_gpu < num_layers else []
     return "; ".join(parts) or "none"
@@ -135,13 +138,13 @@ def _compared(costs: Costs, knobs: Knobs, other: Variant) -> str:
 
 def _variants(key: str, asked: RunConfig, chosen: RunConfig, knobs: Knobs, costs: Costs) -> list[Variant]:
     """The chosen knobs with this key's nearest other values: the simpler one first, or else the next."""
-    layers, tokens = costs.work.num_layers, knobs.tokens_a_gpu
+    tokens = knobs.tokens_a_gpu
     if key.startswith("parallel."):
         return _of_layout(key, chosen, knobs, costs)
     if key == "sequence.checkpoints":
         return list(_of_inputs(asked, knobs))
     if key == "sequence.save_attention":
-        return list(_of_attention(knobs, layers))
+        return list(_of_attention(knobs, costs.work))
     if key == "sequence.head_groups":
         counts = head_groups(asked, costs.work, knobs.ulysses_degree)
         near = _neighbour(counts, knobs.head_groups)
@@ -185,16 +188,16 @@ def _of_inputs(asked: RunConfig, knobs: Knobs) -> Iterator[Variant]:
         yield Variant("not streamed", plain)
 
 
-def _of_attention(knobs: Knobs, num_layers: int) -> Iterator[Variant]:
+def _of_attention(knobs: Knobs, work: Workload) -> Iterator[Variant]:
     saved = knobs.attention
     if saved == NOTHING:
         yield Variant("every output on the host", replace(knobs, attention=SavedAttention(host=True)))
         return
     yield Variant("none", replace(knobs, attention=NOTHING))
-    more = SavedAttention(num_layers, everything=saved.everything)
+    more = SavedAttention(work.num_layers, everything=saved.everything)
     if saved != more:
         yield Variant("all on the GPU", replace(knobs, attention=more))
     elif not saved.everything:
-        yield Variant(
-            "queries, keys and values too", replace(knobs, attention=replace(more, everything=True))
-        )
+        at_once = work.layer.at_once(knobs.head_groups)
+        name = "queries, keys and values too" if at_once else "its sum with the input too"
+        yield Variant(name, replace(knobs, attention=replace(more, everything=True)))

@@ -232,13 +232,13 @@ def log_plan(plan: Plan) -> None:
 
 def log_lines(plan: Plan) -> Iterator[str]:
     """The plan in a few lines."""
-    knobs, layers = plan.knobs, plan.work.num_layers
+    knobs, work = plan.knobs, plan.work
     yield f"plan: {verdict(plan)}"
     if knobs.stream:
         groups = "1 group" if knobs.head_groups == 1 else f"{knobs.head_groups} groups"
         yield (
-            f"plan: inputs of layers {inputs_text(knobs, layers)}; of attention is kept: "
-            f"{attention_text(knobs, layers)}; {groups} of heads, {_tile_text(knobs.tile_tokens)}"
+            f"plan: inputs of layers {inputs_text(knobs, work.num_layers)}; of attention is kept: "
+            f"{attention_text(knobs, work)}; {groups} of heads, {_tile_text(knobs.tile_tokens)}"
         )
     else:
         yield f"plan: layers are not streamed, {_tile_text(knobs.tile_tokens)}"

@@ -15,7 +15,7 @@ from ...apollo import Apollo, parameter_groups
 from ...distributed import flash_attention_2, flash_attention_3, flash_attention_4
 from ...mst.families import CausalLMParts, find_parts
 from ...mst.layer_parts import LayerParts
-from ...mst.projections import HeadShape
+from ...mst.projections import MOST_GROUPS_AT_ONCE, HeadShape
 from ..config import RunConfig
 from ..flops import ModelShape
 from ..model import add_adapters, hf_config
@@ -74,6 +74,10 @@ class LayerStructure:
     norms_heads: bool
     norms_whole: bool
     kernel: Kernel
+
+    def at_once(self, num_groups: int) -> bool:
+        """Whether all heads are projected at once, and so can be kept (mst/projections.py)."""
+        return num_groups <= MOST_GROUPS_AT_ONCE or self.norms_whole
 
 
 @dataclass(frozen=True)

@@ -101,6 +101,20 @@ def test_every_tick_is_counted_once(seed: int) -> None:
 
 
 @pytest.mark.parametrize("seed", range(60))
+def test_kernels_beside_the_work_are_counted_while_it_rests(seed: int) -> None:
+    recording = made_up(seed)
+    work = (*PRODUCTS, *ATTENTION)
+    expected: Counter[str] = Counter()
+    for tick in range(TICKS):
+        found = running(recording.on_gpu, tick)
+        if not any(kind_of(event.name) in work for event in found):
+            expected.update(event.name for event in found)
+    profile = taken_apart(recording)
+    found = {kernel.name: round(kernel.seconds * 1e9) for kernel in profile.top_beside}
+    assert {name: ticks for name, ticks in found.items() if ticks} == expected
+
+
+@pytest.mark.parametrize("seed", range(60))
 def test_gaps_are_the_ticks_without_computing(seed: int) -> None:
     recording = made_up(seed)
     expected = counted(recording).gaps
@@ -157,7 +171,9 @@ def test_a_profile_is_json_and_lines() -> None:
     shares = [kind["share"] for kind in values["kinds"].values()]
     assert sum(shares) + values["idle_s"] / values["wall_s"] == pytest.approx(1)
     assert values["top"][0] == {"kernel": NAMES[0], "s": pytest.approx(200e-9), "calls": 4}
+    assert values["top_beside"][0] == {"kernel": NAMES[2], "s": pytest.approx(60e-9), "calls": 4}
     text = "\n".join(profile.table())
+    assert re.search(r"while neither products .*\n.*\n_rms_norm_kernel +0\.0000 +14\.46% +4", text)
     beside = 1 - 4 * 80 / 415
     assert f"beside products and attention: {beside:.1%} of the step" in text
     assert re.search(r"attention forward +0\.0000 +0\.0000 +28\.92% +4", text)

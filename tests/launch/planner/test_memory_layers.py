@@ -50,6 +50,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "output saved, four groups": ("llama", {"head_groups": 4, "save_attention": "gpu"}),
     "output on the host": ("llama", {"head_groups": 4, "save_attention": "host", "checkpoints": HOST}),
     "all saved": ("llama", {"head_groups": 2, "save_attention": "all"}),
+    "all saved, four groups": ("llama", {"head_groups": 4, "save_attention": "all"}),
+    "all saved, four groups, norms around": ("gemma2", {"head_groups": 4, "save_attention": "all"}),
     "norms of heads": ("qwen3", {"head_groups": 2}),
     "fused maps": ("phi3", {"head_groups": 2}),
     "norms around": ("gemma2", {"head_groups": 2}),
@@ -60,6 +62,7 @@ SHARED: dict[str, dict[str, Any]] = {
     "two groups": {"head_groups": 2},
     "a key/value head to both": {"head_groups": 4},
     "a key/value head to both, output saved": {"head_groups": 4, "save_attention": "gpu"},
+    "a key/value head to both, all saved": {"head_groups": 4, "save_attention": "all"},
 }
 """Of ranks that share a sequence: the groups of the first are exchanged beside each other."""
 
