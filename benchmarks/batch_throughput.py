@@ -17,8 +17,10 @@ from typing import Any
 
 import report
 import torch
-from batch_throughput_training import CASES, GIB, YARDSTICK, Case, Training, draw, limit_memory
+from batch_throughput_training import CASES, GIB, YARDSTICK, Case, Training, draw
 from decoder_model import NUM_LAYERS, SHAPES, Budget, attempt, free, held_gib
+
+from longseq.launch.bench.limits import hold_allocator
 
 EXPANDABLE = "expandable_segments:True"
 FIRST_TOKENS = 1024  # of the smallest batch that is tried
@@ -77,7 +79,7 @@ class Bench:
             if training is None:
                 left_over = held_gib()
                 if self.device == "cuda":
-                    limit_memory(self.args.gpu_gib)
+                    hold_allocator(round(self.args.gpu_gib * GIB))
                 made = attempt(lambda: {"training": Training(case, *self.model_args())})
                 if "note" in made:
                     self.keep({"key": case.key, "case": case.label, "length": length, **made})
@@ -144,7 +146,7 @@ class Bench:
         """Numbers of a batch: after a step that warms up and makes the optimizer's states."""
         if self.device == "cuda":
             free()
-            limit_memory(self.args.gpu_gib)  # libraries may have come since
+            hold_allocator(round(self.args.gpu_gib * GIB))  # libraries may have come since
             torch.cuda.reset_peak_memory_stats()
         ids = draw(training.model, batch, length)
         first = training.step(ids)

@@ -97,13 +97,6 @@ def make_optimizer(case: Case, model: nn.Module) -> Optimizer:
     return torch.optim.AdamW(model.parameters(), LR, weight_decay=0.0, fused=fused)
 
 
-def limit_memory(gpu_gib: float) -> None:
-    """Leave the allocator what a card of that size would, less what the process holds beside it."""
-    left, total = torch.cuda.mem_get_info()
-    beside = total - left - torch.cuda.memory_reserved()
-    torch.cuda.set_per_process_memory_fraction(min(1.0, (gpu_gib * GIB - beside) / total))
-
-
 def draw(model: nn.Module, batch: int, length: int) -> Tensor:
     """Token ids `(batch, length)`; the first rows are those of a smaller batch."""
     weight = model.get_input_embeddings().weight

@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 
 from longseq.apollo import Apollo, parameter_groups
 from longseq.apollo.in_backward import InBackwardHandle, step_in_backward
+from longseq.launch.bench.limits import hold_allocator
 
 LR = 1e-6
 CLIP_NORM = 1.0
@@ -180,13 +181,9 @@ class Card:
 
     def _emulate(self, total: int) -> None:
         """Give the allocator what a card of so many bytes would, and have the library see such a card."""
-        real = torch.cuda.mem_get_info
-        free_bytes, real_total = real()
-        if total >= real_total:
+        if total >= torch.cuda.mem_get_info()[1]:
             return
-        outside = real_total - free_bytes - torch.cuda.memory_reserved()
-        most = total - outside
-        torch.cuda.set_per_process_memory_fraction(most / real_total)
+        most = hold_allocator(total)
         # The planner of places asks this function, and knows of no fraction.
         torch.cuda.mem_get_info = lambda device=None: (most - torch.cuda.memory_reserved(), total)
 

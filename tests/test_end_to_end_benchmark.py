@@ -482,8 +482,10 @@ def test_a_smaller_card_is_what_torch_and_the_planner_see(
     shares: list[float] = []
     reserved = [GIB]
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device=None: (138 * GIB - reserved[0], 140 * GIB))
-    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: reserved[0])
-    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", shares.append)
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device=None: reserved[0])
+    monkeypatch.setattr(
+        torch.cuda, "set_per_process_memory_fraction", lambda share, device: shares.append(share)
+    )
     card = bench["end_to_end_step"].Card(80.0, "cuda")
     # 2 GiB are CUDA's own.
     assert shares == [78 / 140]

@@ -38,6 +38,38 @@ def card_bytes(text: str) -> int:
         raise ValueError(f"--gpu-memory {error} Or name a card: {keys}.") from error
 
 
+def outside_bytes(device: torch.device | None = None) -> int:
+    """What the device holds beside torch's allocator."""
+    free, total = torch.cuda.mem_get_info(device)
+    return total - free - torch.cuda.memory_reserved(device)
+
+
+def hold_allocator(num_bytes: int, device: torch.device | None = None, *, expected: int = 0) -> int:
+    """Let torch's allocator have what a card of so many bytes would leave it, and no more.
+
+    Args:
+        num_bytes: Of the card; those of a larger one than there is change nothing.
+        device: The GPU; None is the current one.
+        expected: Beside the allocator, should there be less by now.
+
+    Returns:
+        Bytes that it may have.
+
+    Raises:
+        torch.OutOfMemoryError: The device holds more than the card would.
+    """
+    outside = max(outside_bytes(device), expected)
+    left = num_bytes - outside
+    if left <= 0:
+        raise torch.OutOfMemoryError(
+            f"{size_text(outside)} are outside of torch's allocator, and the card is to have "
+            f"{size_text(num_bytes)}"
+        )
+    _, total = torch.cuda.mem_get_info(device)
+    torch.cuda.set_per_process_memory_fraction(min(left / total, 1.0), device)
+    return left
+
+
 class GpuLimit:
     """Holds torch's allocator to what a smaller card would leave it beside what is outside of it."""
 
@@ -50,20 +82,15 @@ class GpuLimit:
         if device.type != "cuda":
             raise ValueError("--gpu-memory takes a GPU for a smaller one, and torch sees none; leave it out.")
         self.num_bytes, self.device = num_bytes, device
-        _, self.total = torch.cuda.mem_get_info(device)
-        if num_bytes > self.total:
+        _, total = torch.cuda.mem_get_info(device)
+        if num_bytes > total:
             raise ValueError(
-                f"--gpu-memory {size_text(num_bytes)} is above the {size_text(self.total)} of this GPU; say "
+                f"--gpu-memory {size_text(num_bytes)} is above the {size_text(total)} of this GPU; say "
                 "less, or leave it out."
             )
         # What a run will have outside of torch's allocator comes bit by bit: at first by the plan.
         self._expected = CONTEXT_BYTES + (COMMUNICATOR_BYTES if world_size > 1 else 0)
         self.tighten(expected=True)
-
-    def outside_bytes(self) -> int:
-        """What the device holds beside torch's allocator."""
-        free, total = torch.cuda.mem_get_info(self.device)
-        return total - free - torch.cuda.memory_reserved(self.device)
 
     def tighten(self, *, expected: bool = False) -> None:
         """Let the allocator have what is left.
@@ -74,11 +101,7 @@ class GpuLimit:
         Raises:
             torch.OutOfMemoryError: The device holds more than the limit.
         """
-        outside = max(self.outside_bytes(), self._expected if expected else 0)
-        left = self.num_bytes - outside
-        if left <= 0:
-            raise torch.OutOfMemoryError(f"{size_text(outside)} are outside of torch's allocator{self._of()}")
-        torch.cuda.set_per_process_memory_fraction(left / self.total, self.device)
+        hold_allocator(self.num_bytes, self.device, expected=self._expected if expected else 0)
 
     def check(self, reserved_bytes: int) -> None:
         """See that a step stayed within.
@@ -89,12 +112,12 @@ class GpuLimit:
         Raises:
             torch.OutOfMemoryError: It did not.
         """
-        used = reserved_bytes + self.outside_bytes()
+        used = reserved_bytes + outside_bytes(self.device)
         if used > self.num_bytes:
-            raise torch.OutOfMemoryError(f"a step took {size_text(used)} of the device{self._of()}")
-
-    def _of(self) -> str:
-        return f", more than the {size_text(self.num_bytes)} of --gpu-memory"
+            raise torch.OutOfMemoryError(
+                f"a step took {size_text(used)} of the device, more than the {size_text(self.num_bytes)} of "
+                "--gpu-memory"
+            )
 
 
 class HostWatch:

@@ -11,7 +11,7 @@ import torch
 from plan_samples import machine_with
 
 from longseq.distributed import ProcessGroups
-from longseq.launch.bench.limits import GpuLimit, HostWatch, card_bytes
+from longseq.launch.bench.limits import GpuLimit, HostWatch, card_bytes, hold_allocator
 from longseq.launch.exit_status import OUT_OF_MEMORY, status_of
 from longseq.launch.planner import at_start, machine
 from longseq.launch.planner.catalogue import CONTEXT_BYTES
@@ -49,6 +49,12 @@ class Card:
     @property
     def allowed(self) -> int:
         return round(self.share * 140 * GIB)
+
+
+def test_a_larger_card_than_there_is_holds_nothing_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    card = Card(monkeypatch)
+    assert hold_allocator(150 * GIB) == 150 * GIB - card.outside
+    assert card.share == 1.0
 
 
 def test_the_allocator_gets_what_a_smaller_card_would_leave_it(monkeypatch: pytest.MonkeyPatch) -> None:
