@@ -79,6 +79,17 @@ def _hide(scores: Tensor, rows: slice, keys: slice, window: int | None, value: f
     return scores
 
 
+def _add_over_rows(total: Tensor, scores: Tensor, by_row: Tensor) -> None:
+    """Add `scores.T @ by_row`, `(B, K, keys, H)`.
+
+    A group's heads are one matrix with all of their rows. A GPU sums through them one by one, and the longer
+    the sum, the more it rounds: plain PyTorch sums through one head.
+    """
+    parts = scores.split(BLOCK_ROWS, dim=2), by_row.split(BLOCK_ROWS, dim=2)
+    for part, rows in zip(*parts, strict=True):
+        total += part.transpose(-1, -2) @ rows
+
+
 def _statistics_dtype(query: Tensor) -> torch.dtype:
     return torch.promote_types(query.dtype, torch.float32)
 
@@ -133,14 +144,14 @@ def _backward(
         # without the slopes.
         weights = _add_alibi(scores - row_lse, slopes, rows, keys).exp_()
         _hide(weights, rows, keys, options.window, 0.0)
-        grad_value[:, :, keys] += weights.transpose(-1, -2) @ upstream
+        _add_over_rows(grad_value[:, :, keys], weights, upstream)
         grad_scores = (upstream @ wide_value[:, :, keys].transpose(-1, -2)).sub_(delta).mul_(weights)
         if options.softcap is not None:
             # d/dx c tanh(x / c) = 1 - tanh(x / c)^2, and the scores are c tanh(x / c).
             grad_scores.mul_(1 - scores.div_(options.softcap).square_())
         part = (grad_scores @ wide_key[:, :, keys]).mul_(options.scale)
         grad_query[:, :, rows] = part.view(grad_query[:, :, rows].shape).to(grad_query.dtype)
-        grad_key[:, :, keys] += grad_scores.transpose(-1, -2) @ scaled
+        _add_over_rows(grad_key[:, :, keys], grad_scores, scaled)
     return grad_query, grad_key.to(key.dtype), grad_value.to(value.dtype)
 
 
