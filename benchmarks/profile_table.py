@@ -182,6 +182,7 @@ def verdicts(runs: Sequence[Row], gaps: Sequence[Row], notes: Sequence[Note]) ->
                 "run": run["run"],
                 "tokens": run.get("tokens"),
                 "GPUs": run.get("gpus"),
+                "device": run.get("environment", {}).get("device"),
                 "measured": run.get("environment", {}).get("date"),
                 "step s": run["wall_s"],
                 "without the profiler s": run.get("seconds"),

@@ -54,8 +54,11 @@ def test_runs_stand_side_by_side_and_gaps_ask_for_words(bench, tmp_path: Path, c
     assert "| **beside products and attention** | **5.0%** | **9.0%** |" in text
     # The copy hides behind computing, and is no share of the step.
     assert "| all other kernels | 0.000 s, 0.0% | 0.000 s, 0.0% |" in text
-    assert "| good | 65,536 | 1 | 2000-01-01 | 1 | 0.99 | 5.0% | yes | 0 | - |" in text
-    assert "| bad | 65,536 | 1 | 2000-01-01 | 1 | 0.99 | 9.0% | no | 1 | **not explained** |" in text
+    assert "| good | 65,536 | 1 | a made-up GPU | 2000-01-01 | 1 | 0.99 | 5.0% | yes | 0 | - |" in text
+    assert (
+        "| bad | 65,536 | 1 | a made-up GPU | 2000-01-01 | 1 | 0.99 | 9.0% | no | 1 | **not explained** |"
+        in text
+    )
     row = f"| bad | `{FLASH}` | `{NORM}` | 0.03 | 3.00% | 1 | 0.03 | idle 100%, cudaMalloc 100% |"
     assert f"{row} **not explained** |" in text
     assert "2 cells lack words" in capsys.readouterr().out

@@ -181,6 +181,9 @@ def test_the_sequence_parallel_benchmark_is_retrodicted() -> None:
     assert found == 10
 
 
+LOW_RANK = {"state_bytes": 19388436}
+"""Of APOLLO-Mini with `embeddings: low_rank`."""
+
 BENCH = {
     "8b-adamw-zero3-sp2-64k": (2, {}),
     "8b-adamw-zero3-sp4-128k": (4, {}),
@@ -195,10 +198,14 @@ BENCH = {
 """Runs of `longseq bench` whose peak is beside the last layer: ranks of a sequence, and knobs."""
 
 
+def bench_runs() -> dict[str, dict[str, Any]]:
+    rows = json.loads((RESULTS / "end_to_end.json").read_text())["bench"]
+    return {row["file"]: row for row in rows}
+
+
 def test_the_last_layer_over_several_gpus_is_retrodicted() -> None:
     work = measured_work("8b")
-    runs = json.loads((RESULTS / "end_to_end.json").read_text())["bench"]
-    measured = {run["file"]: run for run in runs}
+    measured = bench_runs()
     for name, (degree, values) in BENCH.items():
         asked = {"ulysses_degree": degree, "head_groups": 1, "tile_tokens": 32768, "attention": EVERYTHING}
         zero = ZERO_3 | asked | values
@@ -207,6 +214,30 @@ def test_the_last_layer_over_several_gpus_is_retrodicted() -> None:
         # Then the layer below was whole already, and still in the buffer that it had come in.
         peak = max(size + LAYER_BYTES * (moment in AT_LAYERS) for moment, size in moments.items())
         assert peak / GIB == pytest.approx(measured[name]["peak_gib"], rel=NEAR), name
+
+
+SINCE = {
+    "8b-adamw-zero3-sp4-16k-h100": (4, 1, 4096),
+    "8b-adamw-zero3-sp4-64k-h100": (4, 1, 16384),
+    "8b-adamw-zero3-sp4-64k-groups2-h100": (4, 2, 16384),
+    "8b-adamw-zero3-sp4-128k-groups2-h100": (4, 2, 4096),
+    "8b-adamw-zero3-sp4-128k-groups8-h100": (4, 8, 4096),
+    "8b-mini-1gpu-32k-groups4-h100": (1, 4, 32768),
+}
+"""Runs without that layer: GPUs, groups of heads, tokens of a tile. It would be 0.2 % of the largest."""
+
+
+@pytest.mark.parametrize("name", SINCE)
+def test_all_saved_by_groups_of_heads_is_retrodicted(name: str) -> None:
+    """With more than two groups no queries, keys and values are kept."""
+    row = bench_runs()[name]
+    num_gpus, head_groups, tile_tokens = SINCE[name]
+    low_rank = replace(measured_work("8b", "mini"), **LOW_RANK)
+    work = measured_work("8b") if num_gpus > 1 else low_rank
+    values = {"head_groups": head_groups, "tile_tokens": tile_tokens, "attention": EVERYTHING}
+    knobs = measured_knobs(work, row["tokens"], **values, **(ZERO_3 if num_gpus > 1 else {}))
+    peak = estimate_memory(work, knobs, HOPPER).peak_bytes
+    assert peak / GIB == pytest.approx(row["peak_gib"], rel=1e-4)
 
 
 OPTIMIZER_MEMORY = {
@@ -224,8 +255,7 @@ def test_the_steps_of_the_optimizer_benchmark_are_retrodicted() -> None:
         if row["key"] not in OPTIMIZER_MEMORY:
             continue
         values, changes = OPTIMIZER_MEMORY[row["key"]]
-        low_rank = {"state_bytes": 19388436}  # embeddings="low_rank"
-        work = replace(bare, loss_memory_mib=128, **low_rank | changes)
+        work = replace(bare, loss_memory_mib=128, **LOW_RANK | changes)
         knobs = measured_knobs(work, 4096, **values)
         moments = estimate_memory(work, knobs, HOPPER).moments
         at_layers = [moments[f"backward of a layer's {part}"] for part in ("attention", "MLP", "projections")]
