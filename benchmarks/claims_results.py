@@ -45,10 +45,6 @@ class Results:
         self.used: list[str] = []
         self._files: dict[str, Row] = {}
 
-    def has(self, name: str) -> bool:
-        """Whether there is a `name.json`."""
-        return (self.folder / f"{name}.json").exists()
-
     def file(self, name: str) -> Row:
         """The content of `name.json`.
 
@@ -56,9 +52,10 @@ class Results:
             MissingError: It is not there.
         """
         if name not in self._files:
-            if not self.has(name):
+            path = self.folder / f"{name}.json"
+            if not path.exists():
                 raise MissingError(f"there is no {name}.json")
-            self._files[name] = json.loads((self.folder / f"{name}.json").read_text())
+            self._files[name] = json.loads(path.read_text())
         return self._files[name]
 
     def all(self, name: str, /, *having: str, **wanted: Any) -> list[Row]:

@@ -116,7 +116,7 @@ def _run_rows(story: Row) -> list[Row]:
                 "tokens a sequence": run["length"],
                 "steps": run["steps"],
                 "tokens": run["tokens"],
-                "highest rate": run.get("lr"),  # of an earlier run it was not kept
+                "highest rate": run["lr"],
                 "s a step": run["step_s"],
                 "planned s": planned.get("step_s"),
                 "peak GiB": run["peak_gib"],

@@ -94,7 +94,10 @@ def _before_a_run(commands) -> None:
     plan.add_argument("--gpu", help="a GPU that is not here, such as h100-80g")
     plan.add_argument("--num-gpus", type=int, help="how many of them; the same as parallel.num_gpus=N")
     plan.add_argument("--gpus-per-node", type=int, help="of a machine that is not here; default: 8 at most")
-    plan.add_argument("--host-memory", help="of each node, such as 1.9T or 512G; default: this machine's")
+    plan.add_argument(
+        "--host-memory",
+        help="of each node, such as 1.9T or 512G; default: this machine's, or 128 GiB a GPU that is not here",
+    )
     plan.add_argument("--json", action="store_true", help="print JSON instead of tables")
     plan.add_argument("--plot", type=Path, metavar="PNG", help="draw the memory as bars")
     plan.add_argument(

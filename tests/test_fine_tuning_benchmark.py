@@ -550,7 +550,9 @@ def test_tables_are_written_from_what_is_there(bench, tmp_path: Path) -> None:
 def test_a_plan_for_another_machine_is_not_beside_the_run(
     bench, tmp_path: Path, gpu: str, is_there: bool
 ) -> None:
-    run = dict.fromkeys(("parameters", "length", "steps", "tokens", "step_s", "peak_gib", "last_loss"), 7)
+    run = dict.fromkeys(
+        ("parameters", "length", "steps", "tokens", "lr", "step_s", "peak_gib", "last_loss"), 7
+    )
     run |= {"evals": [], "planned": {"step_s": 0.125, "peak_gib": 1.75, "gpu": gpu}}
     story = {"shape": "tiny", "commands": [], "long": run}
     bench["fine_tuning_results"].write(story, tmp_path, tmp_path, show=False)

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import bisect
-import itertools
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -41,7 +39,7 @@ class KindTime(NamedTuple):
 
 
 class TopKernel(NamedTuple):
-    """A kernel that takes much of the step: its seconds are summed over its calls and streams."""
+    """A kernel that takes much of the step: its seconds are summed over its calls."""
 
     name: str
     seconds: float
@@ -63,8 +61,8 @@ class StepProfile:
         before_first_s: From the step's call to the first kernel or copy.
         after_last_s: From the last one's end to the end of the step.
         top: The kernels that took most.
-        top_beside: Of the others than products and attention those that took most, in the seconds in which
-            neither of these ran; several may have run at once.
+        top_beside: Of the others than products and attention those that ran longest while neither of these
+            did; several may have run at once.
     """
 
     on_gpu: bool
@@ -259,7 +257,7 @@ def taken_apart(recording: Recording) -> StepProfile:
         before_first_s=(busy[0][0] - start) / _NS if busy else 0.0,
         after_last_s=(end - busy[-1][1]) / _NS if busy else 0.0,
         top=top_kernels(events),
-        top_beside=top_kernels(_beside_the_work(events)),
+        top_beside=top_beside(events),
     )
 
 
@@ -271,20 +269,6 @@ def _beside(events: Iterable[Event]) -> dict[str, list[Span]]:
         if not computes(kind):
             spans[kind].append((event.start, event.end))
     return {kind: merged(found) for kind, found in spans.items()}
-
-
-def _beside_the_work(events: Sequence[Event]) -> Iterator[Event]:
-    """Events of other kinds than products and attention, shortened to when neither of these ran."""
-    work = (*PRODUCTS, *ATTENTION)
-    inside = merged((event.start, event.end) for event in events if kind_of(event.name) in work)
-    ends = [end for _, end in inside]
-    for start, end, name in events:
-        if kind_of(name) in work:
-            continue
-        # Only what is inside from the first span that ends after this one's start.
-        first = bisect.bisect_right(ends, start)
-        near = itertools.takewhile(lambda span, end=end: span[0] < end, itertools.islice(inside, first, None))
-        yield Event(start, end - overlap([(start, end)], list(near)), name)
 
 
 def by_kind(events: Sequence[Event]) -> dict[str, KindTime]:
@@ -327,3 +311,18 @@ def top_kernels(events: Iterable[Event]) -> tuple[TopKernel, ...]:
         calls[name] += 1
     most = totals.most_common(NUM_TOP_KERNELS)
     return tuple(TopKernel(name[:TOP_NAME], ns / _NS, calls[name]) for name, ns in most)
+
+
+def top_beside(events: Iterable[Event]) -> tuple[TopKernel, ...]:
+    """Of other kinds than products and attention, those that ran longest while neither of these did."""
+    work: list[Span] = []
+    spans: dict[str, list[Span]] = {}
+    for start, end, name in events:
+        is_work = kind_of(name) in (*PRODUCTS, *ATTENTION)
+        (work if is_work else spans.setdefault(name, [])).append((start, end))
+    work = merged(work)
+    found = []
+    for name, calls in spans.items():
+        ran = merged(calls)
+        found.append(TopKernel(name[:TOP_NAME], (length(ran) - overlap(ran, work)) / _NS, len(calls)))
+    return tuple(sorted(found, key=lambda kernel: -kernel.seconds)[:NUM_TOP_KERNELS])

@@ -108,7 +108,7 @@ def test_kernels_beside_the_work_are_counted_while_it_rests(seed: int) -> None:
     for tick in range(TICKS):
         found = running(recording.on_gpu, tick)
         if not any(kind_of(event.name) in work for event in found):
-            expected.update(event.name for event in found)
+            expected.update({event.name for event in found})
     profile = taken_apart(recording)
     found = {kernel.name: round(kernel.seconds * 1e9) for kernel in profile.top_beside}
     assert {name: ticks for name, ticks in found.items() if ticks} == expected

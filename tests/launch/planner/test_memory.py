@@ -232,10 +232,12 @@ def test_all_saved_by_groups_of_heads_is_retrodicted(name: str) -> None:
     """With more than two groups no queries, keys and values are kept."""
     row = bench_runs()[name]
     num_gpus, head_groups, tile_tokens = SINCE[name]
-    low_rank = replace(measured_work("8b", "mini"), **LOW_RANK)
-    work = measured_work("8b") if num_gpus > 1 else low_rank
     values = {"head_groups": head_groups, "tile_tokens": tile_tokens, "attention": EVERYTHING}
-    knobs = measured_knobs(work, row["tokens"], **values, **(ZERO_3 if num_gpus > 1 else {}))
+    if num_gpus > 1:
+        work, values = measured_work("8b"), values | ZERO_3
+    else:
+        work = replace(measured_work("8b", "mini"), **LOW_RANK)
+    knobs = measured_knobs(work, row["tokens"], **values)
     peak = estimate_memory(work, knobs, HOPPER).peak_bytes
     assert peak / GIB == pytest.approx(row["peak_gib"], rel=1e-4)
 
