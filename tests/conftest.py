@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 
 import pytest
@@ -38,6 +39,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(skip)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    """A run in this process sets up logging to the console: whichever test is next has none of it."""
+    # Not above: Triton would be imported before its interpreter is chosen.
+    from longseq.launch.processes import ConsoleHandler
+
+    root = logging.getLogger()
+    for handler in [handler for handler in root.handlers if isinstance(handler, ConsoleHandler)]:
+        root.removeHandler(handler)
+    logging.getLogger("longseq").setLevel(logging.NOTSET)
 
 
 @pytest.fixture(autouse=True)
