@@ -8,6 +8,8 @@ import os
 import pytest
 import torch
 
+from longseq.launch.processes import ConsoleHandler
+
 if "PYTEST_XDIST_WORKER" in os.environ:
     # Workers beside each other: threads that wait for a core spin, and all of them crawl.
     os.environ["OMP_NUM_THREADS"] = "1"
@@ -44,9 +46,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup() -> None:
     """A run in this process sets up logging to the console: whichever test is next has none of it."""
-    # Not above: Triton would be imported before its interpreter is chosen.
-    from longseq.launch.processes import ConsoleHandler
-
     root = logging.getLogger()
     for handler in [handler for handler in root.handlers if isinstance(handler, ConsoleHandler)]:
         root.removeHandler(handler)

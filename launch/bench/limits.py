@@ -14,7 +14,7 @@ from ...mst import pinned_memory
 from ...mst.pinned_memory import HostMemoryError
 from ...mst.placement import local_world_size
 from ..planner.catalogue import CARDS, CONTEXT_BYTES
-from ..planner.machine import parse_bytes
+from ..planner.machine import outside_bytes, parse_bytes
 from ..planner.memory import COMMUNICATOR_BYTES
 from ..sizes import size_text
 
@@ -36,12 +36,6 @@ def card_bytes(text: str) -> int:
     except ValueError as error:
         keys = ", ".join(card.key for card in CARDS)
         raise ValueError(f"--gpu-memory {error} Or name a card: {keys}.") from error
-
-
-def outside_bytes(device: torch.device | None = None) -> int:
-    """What the device holds beside torch's allocator."""
-    free, total = torch.cuda.mem_get_info(device)
-    return total - free - torch.cuda.memory_reserved(device)
 
 
 def hold_allocator(num_bytes: int, device: torch.device | None = None, *, expected: int = 0) -> int:

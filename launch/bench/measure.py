@@ -23,6 +23,7 @@ from ..config import RunConfig
 from ..config_file import check_world
 from ..data.dataset import Batch, micro_batches
 from ..evaluation import summed_nll
+from ..planner.machine import outside_bytes
 from ..planner.plan import Plan
 from ..setup import RunParts, set_up
 from ..sizes import gib
@@ -222,8 +223,7 @@ class Measurement:
         }
         if not self.watch.on_gpu:
             return
-        free, total = torch.cuda.mem_get_info()
-        outside = total - free - torch.cuda.memory_reserved()
+        outside = outside_bytes()
         reserved = self.watch.reserved_bytes
         earlier = row.get("phase_peak_bytes", {})
         now = {

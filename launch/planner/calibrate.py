@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..data.cache import cache_root
+from .machine import outside_bytes
 
 if TYPE_CHECKING:
     import torch
@@ -96,7 +97,8 @@ def calibrate(cache_dir: str | None = None, *, progress: bool = True) -> Path:
             advance(what)
             found[key] = probe(device)
             torch.cuda.synchronize(device)
-        context_bytes = _context_bytes(device)
+        torch.cuda.empty_cache()
+        context_bytes = outside_bytes(device)  # kernels are loaded by now
     best = max(found["attention"], key=lambda one: one["tokens"])
     kept_of_gpu = {
         "context_bytes": context_bytes,
@@ -257,15 +259,6 @@ def _link(device: torch.device) -> float | None:
     there = torch.empty(COPY_BYTES, dtype=torch.uint8, device=torch.device("cuda", others[0]))
     taken = seconds_of(lambda: there.copy_(here, non_blocking=True), device)
     return LINK_OF_A_COPY * COPY_BYTES / taken / 1e9
-
-
-def _context_bytes(device: torch.device) -> int:
-    """What this process has on the GPU outside of torch's allocator, its kernels loaded."""
-    import torch
-
-    torch.cuda.empty_cache()
-    free, total = torch.cuda.mem_get_info(device)
-    return total - free - torch.cuda.memory_reserved(device)
 
 
 def _normal(shape: tuple[int, ...], device: torch.device) -> Tensor:

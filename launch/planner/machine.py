@@ -10,9 +10,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .catalogue import CARDS, CONTEXT_BYTES, MEASURED, attained, card_of
+
+if TYPE_CHECKING:
+    import torch
 
 logger = logging.getLogger(__name__)
 
@@ -187,6 +190,17 @@ def gpu_of(
             )
     found = Gpu(name, memory_bytes, CONTEXT_BYTES, **rates, rates=origin)
     return found if measured is None else replace(found, **_of_gpu(measured))
+
+
+def outside_bytes(device: torch.device | None = None) -> int:
+    """What a GPU, the current one if none is named, has in use outside of this process's torch allocator.
+
+    CUDA's context, kernels and communicators, and all that other programs hold.
+    """
+    import torch
+
+    free, total = torch.cuda.mem_get_info(device)
+    return total - free - torch.cuda.memory_reserved(device)
 
 
 def host_limit_bytes(

@@ -96,10 +96,9 @@ class LayerTimes:
             is_tiled = knobs.tile_tokens is not None
             return Layer(self.products("gate_up", "down") if is_tiled else 0.0, 0.0, 0.0)
         with_nothing, with_output, with_all = self.kept_shares()
-        at_once = knobs.head_groups <= 2
         projections, output = self.products("projections"), self.products("output")
         again = (with_nothing + with_output) * (projections + output)
-        if not at_once:
+        if not self.work.layer.at_once(knobs.head_groups):
             # A group's projections do not stay: they are made for attention's forward and for its backward.
             again += (with_nothing + with_all) * projections
         attention = with_nothing * self.attend(self.gpu.attention_forward_tflops, 1.0)

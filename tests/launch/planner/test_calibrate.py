@@ -85,7 +85,7 @@ def measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
         "_memory": 1500.0,
         "_host": {"to_gpu": 24.0, "to_host": 22.0, "lower": 22.0},
         "_link": None,
-        "_context_bytes": 777,
+        "outside_bytes": 777,
     }
     for name, found in rates.items():
         monkeypatch.setattr(calibrate, name, lambda device, found=found: found)

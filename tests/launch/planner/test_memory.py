@@ -224,7 +224,8 @@ SINCE = {
     "8b-adamw-zero3-sp4-128k-groups8-h100": (4, 8, 4096),
     "8b-mini-1gpu-32k-groups4-h100": (1, 4, 32768),
 }
-"""Runs without that layer: GPUs, groups of heads, tokens of a tile. It would be 0.2 % of the largest."""
+"""Runs in which the layer below the last came in its turn, which would be 0.2 % of the largest peak: GPUs,
+groups of heads, tokens of a tile."""
 
 
 @pytest.mark.parametrize("name", SINCE)

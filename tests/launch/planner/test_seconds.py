@@ -162,6 +162,17 @@ def test_what_is_kept_of_attention_is_not_done_again() -> None:
     assert part(half, "attention") == pytest.approx(middle)
 
 
+def test_projections_of_a_group_are_made_again_where_they_can_be_cut_by_heads() -> None:
+    cut = workload()
+    whole = replace(cut, layer=replace(cut.layer, norms_whole=True))
+    (cut_two, cut_four), (whole_two, whole_four) = (
+        [part(estimate(work, knobs(65536, head_groups=groups)), "products of layers") for groups in (2, 4)]
+        for work in (cut, whole)
+    )
+    assert cut_four > 1.02 * cut_two
+    assert whole_two == whole_four == cut_two
+
+
 def test_layers_that_keep_no_input_are_run_forward_once_more() -> None:
     every = [estimate(made=knobs(65536, inputs=Placement(0, n, host=False))) for n in (1, 2, 4)]
     assert [part(found, "layers rebuilt") for found in every[:1]] == [0]
